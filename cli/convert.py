@@ -1,0 +1,123 @@
+"""`convert` and `inspect`: from a dense network to a compressed folder, and what would happen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+import legocompress as lego
+from legocompress.errors import UsageError
+from legocompress.files import check_free
+from legocompress.plan import Plan, plan
+
+from . import render
+from .options import (
+    device_option,
+    force_option,
+    json_option,
+    model_options,
+    progress,
+    read_create_args,
+    read_device,
+    read_spec,
+    spec_options,
+)
+
+
+@click.command()
+@click.argument("model")
+@spec_options
+@model_options
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-lego]"
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of clustering and weights.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@device_option
+@force_option
+@json_option
+def convert(
+    model: str,
+    out: Path | None,
+    seed: int,
+    dry_run: bool,
+    device: str,
+    force: bool,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Convert MODEL and write it as a compressed folder.
+
+    MODEL is a name (resnet50, timm/NAME, torchvision/NAME, hf-hub:USER/REPO) or a timm folder.
+    """
+    spec = read_spec(values)
+    target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
+    if not dry_run:
+        check_free(target, force)
+    network = _open_dense(model, seed, read_device(device), values)
+    planned = plan(network, spec)
+    if dry_run:
+        _show_plan(planned, as_json)
+        return
+    with progress(as_json) as bar:
+        task = bar.add_task("clustering", total=len(planned.layers))
+        lego.convert_(network, planned, seed, lambda row: bar.advance(task))
+    lego.save(network, target, force)
+    report = lego.measure(network, path=target)
+    if as_json:
+        render.print_json({"out": str(target), **report.totals(), "skipped": planned.skipped})
+        return
+    click.echo(
+        f"{model} -> {target}: {len(planned.layers)} of {len(planned.rows)} layers converted"
+    )
+    render.print_skipped(planned.skipped)
+    render.print_totals(report)
+    click.echo(f"\nNext: legocompress report {target}")
+
+
+@click.command()
+@click.argument("model")
+@spec_options
+@model_options
+@json_option
+def inspect(model: str, as_json: bool, **values: Any) -> None:
+    """Show what `convert` would do to MODEL, layer by layer; nothing is changed or written."""
+    spec = read_spec(values)
+    _show_plan(plan(_open_dense(model, 0, read_device("cpu"), values), spec), as_json)
+
+
+def _open_dense(model: str, seed: int, device: Any, values: dict[str, Any]) -> Any:
+    network = lego.open_model(model, seed=seed, **read_create_args(values)).to(device)
+    if any(True for _ in lego.lego_modules(network)):
+        raise UsageError(f"{model!r} is compressed already; give the original network")
+    return network
+
+
+def _show_plan(planned: Plan, as_json: bool) -> None:
+    if not as_json:
+        render.print_plan(planned)
+        return
+    rows = [
+        {
+            **asdict(row),
+            "spec": None if row.spec is None else row.spec.model_dump(mode="json"),
+            "params": row.params,
+            "bits": row.bits,
+            "macs": row.macs,
+        }
+        for row in planned.rows
+    ]
+    render.print_json(
+        {
+            "spec": planned.spec.model_dump(mode="json"),
+            "layers": rows,
+            "other_params": planned.other_params,
+            "other_bits": planned.other_bits,
+            "input_shape": planned.input_shape,
+            "reparameterize": planned.reparameterize,
+            "note": planned.note,
+        }
+    )

@@ -1,0 +1,94 @@
+"""`evaluate`: accuracy on labelled images, agreement with the original on any images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+import legocompress as lego
+from legocompress.errors import UsageError
+from legocompress.models import create, source_of
+
+from . import render
+from .options import (
+    device_option,
+    json_option,
+    model_options,
+    progress,
+    read_create_args,
+    read_device,
+)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--data", required=True, help="Image folder, .npz file, or timm data set (torch/cifar10)."
+)
+@click.option("--data-dir", help="Root of a named data set.")
+@click.option("--split", default="validation", help="Split of a named data set.")
+@click.option("--class-map", help="Text file: class folder names in the order of the outputs.")
+@click.option("--no-labels", is_flag=True, help="Ignore labels; agreement alone.")
+@click.option("--original", help="The original network, as a model name or folder.")
+@click.option(
+    "--original-weights",
+    type=click.Path(path_type=Path),
+    help="Weights of the original, when it is the architecture that the folder names.",
+)
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=64)
+@click.option("-j", "--workers", type=click.IntRange(0), default=0)
+@model_options
+@device_option
+@json_option
+def evaluate(
+    model: str,
+    data: str,
+    data_dir: str | None,
+    split: str,
+    class_map: str | None,
+    no_labels: bool,
+    original: str | None,
+    original_weights: Path | None,
+    batch_size: int,
+    workers: int,
+    device: str,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Evaluate MODEL, a compressed folder or any model name, on images."""
+    place = read_device(device)
+    network = lego.open_model(model, **read_create_args(values)).to(place)
+    teacher = _original(network, original, original_weights)
+    images = lego.open_images(data, network, data_dir, split, class_map, not no_labels)
+    if not images.labelled and teacher is None:
+        raise UsageError(
+            f"{data!r} has no labels, so there is nothing to measure without the original network; "
+            "give --original NAME or --original-weights FILE"
+        )
+    with progress(as_json) as bar:
+        task = bar.add_task("images", total=images.size)
+        found = lego.evaluate(
+            network,
+            images.batches(batch_size, workers),
+            None if teacher is None else teacher.to(place),
+            lambda done: bar.advance(task, done),
+        )
+    if as_json:
+        render.print_json(asdict(found))
+    else:
+        render.print_evaluation(found)
+
+
+def _original(network: Any, name: str | None, weights: Path | None) -> Any:
+    if name is None and weights is None:
+        return None
+    if name is not None:
+        return lego.open_model(name, weights=weights)
+    source = source_of(network)
+    if source.library is None:
+        raise UsageError("--original-weights needs a known architecture; name it with --original")
+    named = f"{source.library}/{source.architecture}"
+    return create(named, weights=weights, model_args=source.model_args)

@@ -1,0 +1,54 @@
+"""The `legocompress` command: its sub-commands, and how every error ends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import click
+
+from legocompress.errors import LegoError
+
+from .convert import convert, inspect
+from .demo import demo
+from .evaluate import evaluate
+from .export import export
+from .report import report
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="legocompress")
+@click.option("--debug", is_flag=True, help="Show tracebacks and library warnings.")
+def cli(debug: bool) -> None:
+    """Compress pretrained CNNs with Lego filters: smaller files, fewer multiply-accumulates."""
+    if not debug:
+        warnings.simplefilter("ignore")
+        logging.getLogger("timm").setLevel(logging.ERROR)
+
+
+for command in (convert, inspect, report, evaluate, export, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; a typed error becomes one sentence and its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; no output was left half written.", err=True)
+        sys.exit(130)
+    except LegoError as error:
+        if debug:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except MemoryError:
+        if debug:
+            raise
+        click.echo("Error: out of memory; take a smaller model or input.", err=True)
+        sys.exit(1)

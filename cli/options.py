@@ -1,0 +1,190 @@
+"""Options that several commands share, and the progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from legocompress.errors import SpecError, UsageError
+from legocompress.spec import LegoSpec
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def _stack(options: list[Callable[[CommandT], CommandT]]) -> Callable[[CommandT], CommandT]:
+    def decorate(command: CommandT) -> CommandT:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+force_option = click.option("--force", is_flag=True, help="Replace an output that exists.")
+device_option = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Device to compute on: cpu, cuda, cuda:1, ...",
+)
+
+model_options: Callable[[CommandT], CommandT] = _stack(
+    [
+        click.option(
+            "--weights",
+            type=click.Path(path_type=Path),
+            help="State dict file (safetensors or torch) instead of the library's weights.",
+        ),
+        click.option(
+            "--pretrained/--no-pretrained",
+            default=True,
+            show_default=True,
+            help="Load the library's weights, or take random ones.",
+        ),
+        click.option("--num-classes", type=click.IntRange(0), help="Outputs of the classifier."),
+        click.option("--in-chans", type=click.IntRange(1), help="Channels of the image (timm)."),
+        click.option(
+            "--model-kwargs",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Further argument of the architecture; the value is read as YAML.",
+        ),
+        click.option("--img-size", type=click.IntRange(1), help="Height and width of the input."),
+        click.option(
+            "--mean", type=float, multiple=True, help="Mean of a channel; once a channel."
+        ),
+        click.option("--std", type=float, multiple=True, help="Deviation; once a channel."),
+        click.option("--interpolation", help="Resizing: bilinear, bicubic, nearest, ..."),
+        click.option("--crop-pct", type=click.FloatRange(0, min_open=True), help="Centre crop."),
+    ]
+)
+
+spec_options: Callable[[CommandT], CommandT] = _stack(
+    [
+        click.option(
+            "--m",
+            type=float,
+            default=0.5,
+            show_default=True,
+            help="Lego filters per output channel.",
+        ),
+        click.option(
+            "--o", type=int, default=2, show_default=True, help="Splits of the input channels."
+        ),
+        click.option(
+            "--k", type=int, default=1, show_default=True, help="Lego filters summed per slot."
+        ),
+        click.option(
+            "--coefficients/--binary",
+            default=True,
+            show_default=True,
+            help="A coefficient per slot term, or the paper's plain binary form.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["fp32", "fp16", "bf16"]),
+            default="fp32",
+            show_default=True,
+            help="What the Lego filters are stored as.",
+        ),
+        click.option(
+            "--rule",
+            "rules",
+            multiple=True,
+            metavar="PATTERN:m=..,o=..,k=..",
+            help="Settings for layers by exact name, glob, or re:regex; first match wins.",
+        ),
+        click.option(
+            "--only", multiple=True, metavar="PATTERN", help="Convert these layers alone."
+        ),
+        click.option("--skip", multiple=True, metavar="PATTERN", help="Leave these layers dense."),
+        click.option("--linear", is_flag=True, help="Convert Linear layers too."),
+        click.option(
+            "--allow-expansion",
+            is_flag=True,
+            help="Convert even where that makes a layer slower or larger (m > 1, no saving).",
+        ),
+    ]
+)
+
+
+def read_spec(values: dict[str, Any]) -> LegoSpec:
+    """Take the spec's options out of a command's values and make the spec."""
+    fields = LegoSpec.model_fields.keys() & values.keys()
+    return LegoSpec(**{name: values.pop(name) for name in fields})
+
+
+def read_create_args(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the model's options out of a command's values, as `legocompress.create` takes them."""
+    size, mean, std = (values.pop(name) for name in ("img_size", "mean", "std"))
+    channels = values.get("in_chans") or 3
+    preprocess = {
+        "input_size": None if size is None else (channels, size, size),
+        "mean": mean or None,
+        "std": std or None,
+        "interpolation": values.pop("interpolation"),
+        "crop_pct": values.pop("crop_pct"),
+    }
+    for name in ("mean", "std"):
+        given = preprocess[name]
+        if given is not None and len(given) != channels:
+            raise UsageError(
+                f"--{name} is given {len(given)} times; give it once a channel, {channels}"
+            )
+    return {
+        "weights": values.pop("weights"),
+        "pretrained": values.pop("pretrained"),
+        "num_classes": values.pop("num_classes"),
+        "in_chans": values.pop("in_chans"),
+        "model_args": dict(_key_value(text) for text in values.pop("model_kwargs")),
+        "preprocess": {key: value for key, value in preprocess.items() if value is not None},
+    }
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--model-kwargs {text!r} is not of the form KEY=VALUE")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise SpecError(f"--model-kwargs {text!r}: the value is no YAML") from None
+
+
+def read_device(name: str) -> torch.device:
+    """The device of this name, if it is there.
+
+    Raises:
+        UsageError: it is unknown or not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def progress(quiet: bool = False) -> Progress:
+    """A bar with an estimate on standard error; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )

@@ -1,0 +1,220 @@
+"""Tables and summaries for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from legocompress.measure import Evaluation, LayerReport, Report
+from legocompress.plan import LayerPlan, Plan
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    click.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def count(value: float | None) -> str:
+    """A number with a metric letter: 25.56M."""
+    if value is None:
+        return "?"
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            return f"{value / limit:.2f}{letter}"
+    return f"{value:.0f}"
+
+
+def size(bits: float | None) -> str:
+    """Bits as decimal bytes: 32.1 MB."""
+    if bits is None:
+        return "?"
+    value = bits / 8
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def ratio(before: float | None, after: float | None) -> str:
+    """before / after as a factor: 3.19x."""
+    return f"{before / after:.2f}x" if before and after else "?"
+
+
+TEXT_COLUMNS = ("layer", "weight", "network", "note", "stays dense because")
+
+
+def table(columns: list[str], rows: list[list[str]], footer: list[str] | None = None) -> None:
+    """Print a table, its last row a total; as wide as it needs where output is no terminal."""
+    shown = Table(show_footer=footer is not None)
+    for position, name in enumerate(columns):
+        shown.add_column(
+            name,
+            footer="" if footer is None else footer[position],
+            justify="left" if name in TEXT_COLUMNS else "right",
+            overflow="fold",
+        )
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=400)
+    console.print(shown)
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan: a row per layer, what it becomes or why not, and the totals."""
+    rows = [_plan_row(row) for row in plan.rows]
+    rows.append(["(other)", "", "", "", "", size(plan.other_bits), "", "norms, biases"])
+    dense_bits = sum(r.dense_bits for r in plan.rows) + plan.other_bits
+    bits = sum(r.bits for r in plan.rows) + plan.other_bits
+    dense_macs, macs = (sum(getattr(r, c) or 0 for r in plan.rows) for c in ("dense_macs", "macs"))
+    converted = f"{len(plan.layers)} of {len(plan.rows)} layers"
+    table(
+        ["layer", "weight", "m'", "o", "k", "ideal size", "MACs", "stays dense because"],
+        rows,
+        ["total", converted, "", "", "", change(size, dense_bits, bits),
+         change(count, dense_macs, macs), ""],
+    )  # fmt: skip
+    if plan.reparameterize:
+        click.echo("The network has blocks in training form; they are deployed before conversion.")
+    if plan.note:
+        click.echo(f"Note: {plan.note}")
+
+
+def change(show: Callable[[float | None], str], before: float | None, after: float | None) -> str:
+    """'before -> after', or one of them where nothing changes."""
+    if before is None or after is None:
+        return ""
+    return show(before) if before == after else f"{show(before)} -> {show(after)}"
+
+
+def _plan_row(row: LayerPlan) -> list[str]:
+    shape = row.shape
+    unit = ("", "", "") if shape is None else (shape.n_lego, shape.n_split, shape.n_terms)
+    return [
+        row.name or "(root)",
+        _weight(row.weight_shape, row.groups),
+        *map(str, unit),
+        change(size, row.dense_bits, row.bits),
+        change(count, row.dense_macs, row.macs),
+        row.reason or "",
+    ]
+
+
+def _weight(shape: tuple[int, ...], groups: int = 1) -> str:
+    return "x".join(map(str, shape)) + (f" g{groups}" if groups > 1 else "")
+
+
+def print_report(report: Report) -> None:
+    """The report: a row per layer that sums to the totals, then the network's numbers."""
+    t = report.totals()
+    table(
+        ["layer", "weight", "m'", "o", "k", "params", "ideal size", "MACs", "m'<=n", "G+B<=F",
+         "weight error", "note"],
+        [_report_row(row) for row in report.rows],
+        ["total", "", "", "", "", change(count, t["dense_params"], t["params"]),
+         change(size, t["dense_bits"], t["bits"]), change(count, t["dense_macs"], t["macs"]),
+         "", "", _error(t["relative_weight_error"]), ""],
+    )  # fmt: skip
+    print_totals(report)
+    for timing in report.latency:
+        low, high = timing.quartiles_ms
+        spread = (high - low) / timing.median_ms
+        click.echo(
+            f"measured {timing.form:<10} {timing.ratio:.2f}x the speed of "
+            f"{report.latency[0].form} (median of {timing.repeats} interleaved runs, spread "
+            f"{100 * spread:.0f} %, {timing.device}, {timing.threads} threads, batch "
+            f"{timing.batch}, {timing.dtype})"
+        )
+
+
+def _report_row(row: LayerReport) -> list[str]:
+    def check(value: bool | None) -> str:
+        return "" if value is None else "yes" if value else "NO"
+
+    unit = (row.n_lego, row.n_split, row.n_terms)
+    return [
+        row.name or "(root)",
+        _weight(row.weight_shape),
+        *("" if value is None else str(value) for value in unit),
+        change(count, row.dense_params, row.params),
+        change(size, row.dense_bits, row.bits),
+        change(count, row.dense_macs, row.macs),
+        check(row.fewer_filters),
+        check(row.fewer_bits),
+        _error(row.weight_error),
+        row.reason or "",
+    ]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def print_totals(report: Report) -> None:
+    """The network's numbers, before and after."""
+    t = report.totals()
+    lines = [
+        (
+            "params",
+            count(t["dense_params"]),
+            count(t["params"]),
+            ratio(t["dense_params"], t["params"]),
+        ),
+        ("ideal size", size(t["dense_bits"]), size(t["bits"]), ratio(t["dense_bits"], t["bits"])),
+    ]
+    if t["stored_bytes"] is not None:
+        stored = 8 * t["stored_bytes"]
+        lines.append(
+            ("stored", size(t["dense_bits"]), size(stored), ratio(t["dense_bits"], stored))
+        )
+    lines.append(
+        ("MACs", count(t["dense_macs"]), count(t["macs"]), ratio(t["dense_macs"], t["macs"]))
+    )
+    lines.append(
+        ("  used filters only", count(t["dense_macs"]), count(t["macs_used_only"]),
+         ratio(t["dense_macs"], t["macs_used_only"]))
+    )  # fmt: skip
+    for name, before, after, factor in lines:
+        click.echo(f"{name:<20} {before:>10} -> {after:>10}   {factor:>7}")
+    if t["theoretical_speedup"]:
+        click.echo(f"{'theoretical speedup':<20} {t['theoretical_speedup']:>24.2f}x")
+    if t["fvcore_macs"] is not None:
+        agrees = "agrees" if t["fvcore_macs"] == t["macs"] else "differs"
+        click.echo(f"{'MACs by fvcore':<20} {count(t['fvcore_macs']):>24}   ({agrees})")
+    if t["relative_weight_error"] is not None:
+        click.echo(f"{'weight error':<20} {t['relative_weight_error']:>24.4f}")
+    failing = [r.name for r in report.rows if r.fewer_filters is False or r.fewer_bits is False]
+    if failing:
+        click.echo(f"Layers that gain nothing: {', '.join(failing)}")
+    if report.note:
+        click.echo(f"Note: {report.note}")
+
+
+def print_skipped(skipped: dict[str, str]) -> None:
+    """How many layers stay dense, by reason."""
+    reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
+    for reason, number in reasons.most_common():
+        click.echo(f"  {number:>4} stay dense: {reason}")
+
+
+def print_evaluation(found: Evaluation) -> None:
+    """Accuracy and agreement, a line each."""
+    click.echo(f"images       {found.images}")
+
+    def line(name: str, value: float | None, original: float | None) -> None:
+        if value is not None:
+            before = "" if original is None else f"   (original {original:.2f} %)"
+            click.echo(f"{name:<12} {value:.2f} %{before}")
+
+    line("top-1", found.top1, found.original_top1)
+    line("top-5", found.top5, found.original_top5)
+    line("agreement", found.agreement, None)
+    if found.output_error is not None:
+        click.echo(f"output error {found.output_error:.4f} (relative to the original's outputs)")

@@ -1,0 +1,33 @@
+"""`report`: what a compressed folder holds, theory and measurement side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import legocompress as lego
+
+from . import render
+from .options import device_option, json_option, read_device
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--repeats",
+    type=click.IntRange(0),
+    default=0,
+    help="Interleaved timed runs of each form against the dense one; 0 times nothing.",
+)
+@device_option
+@json_option
+def report(checkpoint: Path, repeats: int, device: str, as_json: bool) -> None:
+    """Report on a compressed folder: params, bits, bytes and MACs per layer, and the checks."""
+    model = lego.load(checkpoint).to(read_device(device))
+    baseline = lego.to_dense(model) if repeats else None
+    found = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
+    if as_json:
+        render.print_json(found.to_dict())
+    else:
+        render.print_report(found)

@@ -1,0 +1,444 @@
+"""The compressed folder: config.json and model.safetensors, saved and loaded as exact inverses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models._hub import filter_pretrained_cfg
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
+from legocompress.convert import TORCH_DTYPES, Record, rounded
+from legocompress.errors import CheckpointError, LegoError, SpecError
+from legocompress.files import writing
+from legocompress.models import Source, build, create, source_of
+from legocompress.probe import model_cfg
+from legocompress.spec import LegoSpec, StorageDtype, UnitShape
+
+FORMAT_VERSION = 1
+VERSION = version("legocompress")
+CONFIG, TENSORS = "config.json", "model.safetensors"
+MAX_CONFIG_BYTES = 32 * 2**20
+MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+                 "float64": torch.float64}  # fmt: skip
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LayerConfig(_Strict):
+    """What a Lego module needs beside its tensors."""
+
+    n_lego: int = Field(ge=1, le=2**31)
+    n_split: int = Field(ge=1, le=2**31)
+    n_terms: int = Field(ge=1, le=2**31)
+    dtype: StorageDtype
+    coefficients_dtype: StorageDtype | None
+    memory_dtype: Literal["float32", "float16", "bfloat16", "float64"]
+    weight_error: float | None = None
+
+
+class CompressionConfig(_Strict):
+    """The `compression_config` block of config.json."""
+
+    format_version: int
+    legocompress_version: str
+    library: Literal["timm", "torchvision"] | None
+    reparameterized: bool
+    weights: str
+    spec: dict[str, Any] | None = None
+    seed: int | None = None
+    skipped: dict[str, str] = {}
+    layers: dict[str, LayerConfig]
+
+
+def pack_index(index: Tensor, bits: int) -> Tensor:
+    """Pack integers in [0, 2**bits) into bytes (B,), `bits` each, least significant first."""
+    if bits == 0:
+        return torch.zeros(0, dtype=torch.uint8)
+    places = torch.arange(bits)
+    stream = ((index.reshape(-1, 1) >> places) & 1).to(torch.uint8).flatten()
+    padded = nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `pack_index`: the first `count` integers, (count,) int64."""
+    if bits == 0:
+        return torch.zeros(count, dtype=torch.int64)
+    stream = ((packed.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    digits = stream[: count * bits].reshape(count, bits).to(torch.int64)
+    return (digits << torch.arange(bits)).sum(1)
+
+
+def packed_bytes(shape: UnitShape) -> int:
+    """Bytes of a layer's packed index."""
+    return -(-shape.n_slots * shape.index_bits // 8)
+
+
+def encode(model: nn.Module) -> dict[str, Tensor]:
+    """Turn a converted network's state into the tensors of a file: each once, indices packed.
+
+    Raises:
+        CheckpointError: the state holds something that is no tensor.
+    """
+    stored: dict[str, Tensor] = {}
+    legos = dict(lego_modules(model))
+    for name, tensor in _own_tensors(model).items():
+        owner, _, leaf = name.rpartition(".")
+        module = legos.get(owner)
+        if module is None:
+            stored[name] = tensor.detach()
+        elif leaf == "index":
+            stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
+        elif leaf in ("lego_filters", "coefficients"):
+            dtype = module.storage_dtype if leaf == "lego_filters" else module.coefficients_dtype
+            stored[name] = rounded(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
+        else:
+            stored[name] = tensor.detach()
+    return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of a state dict, each under its first name only."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"the state {name!r} is a {type(tensor).__name__}, not a tensor")
+        if id(tensor) not in seen:
+            own[name] = tensor
+            seen.add(id(tensor))
+    return own
+
+
+def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
+    """Write a converted network as a folder that `load` rebuilds from itself alone.
+
+    Filters and coefficients are stored in the dtypes that the conversion was asked for; values that
+    training has moved off them are rounded in the file.
+
+    Args:
+        model: the converted network.
+        path: the folder to write.
+        force: replace what stands there.
+
+    Raises:
+        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt from
+            what is known about it.
+        OutputExistsError: the folder exists and `force` is not given.
+        OutputError: it cannot be written.
+    """
+    layers = {name: _layer_config(module) for name, module in lego_modules(model)}
+    if not layers:
+        raise CheckpointError("the model holds no Lego module; convert it before saving")
+    source = source_of(model)
+    record = getattr(model, "lego_record", None)
+    _check_rebuilds(model, source)
+    block = CompressionConfig(
+        format_version=FORMAT_VERSION,
+        legocompress_version=VERSION,
+        library=source.library,
+        reparameterized=source.reparameterized,
+        weights=source.weights,
+        spec=record.spec.model_dump(mode="json") if isinstance(record, Record) else None,
+        seed=record.seed if isinstance(record, Record) else None,
+        skipped=record.skipped if isinstance(record, Record) else {},
+        layers=layers,
+    )
+    config = {
+        "architecture": source.architecture,
+        "num_classes": getattr(model, "num_classes", None),
+        "num_features": getattr(model, "num_features", None),
+        "pretrained_cfg": _plain(
+            filter_pretrained_cfg(model_cfg(model), remove_source=True, remove_null=True)
+        ),
+        "model_args": source.model_args,
+        "compression_config": block.model_dump(mode="json"),
+    }
+    try:
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the model's configuration is not plain JSON: {error}") from error
+    target = Path(path)
+    with writing(target, force, folder=True) as folder:
+        save_file(encode(model), folder / TENSORS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(text)
+    return target
+
+
+def _plain(cfg: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cfg.items() if not callable(value)}
+
+
+def _layer_config(module: LegoModule) -> LayerConfig:
+    shape = module.lego_shape
+    return LayerConfig(
+        n_lego=shape.n_lego,
+        n_split=shape.n_split,
+        n_terms=shape.n_terms,
+        dtype=module.storage_dtype,
+        coefficients_dtype=None if module.coefficients is None else module.coefficients_dtype,
+        memory_dtype=str(module.lego_filters.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        weight_error=module.weight_error,
+    )
+
+
+def _skeleton(source: Source) -> nn.Module:
+    """The architecture without memory for its tensors, in deployed form if it was converted so."""
+    with torch.device("meta"):
+        model = build(source)
+    return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
+
+
+def _check_rebuilds(model: nn.Module, source: Source) -> None:
+    """Raise CheckpointError if the source, built anew, is not the network that is being saved."""
+    if source.library is None:
+        return
+    try:
+        skeleton = _skeleton(source)
+    except LegoError as error:
+        raise CheckpointError(f"the architecture cannot be rebuilt: {error}") from error
+    fresh = {k: tuple(v.shape) for k, v in _own_tensors(skeleton).items()}
+    ours = _dense_shapes(model)
+    if fresh != ours:
+        odd = sorted(set(fresh.items()) ^ set(ours.items()))[0]
+        raise CheckpointError(
+            f"{source.library}/{source.architecture} built with {source.model_args} is not this "
+            f"network (first difference at {odd[0]!r}); create it with legocompress.create(...), "
+            "or set model.lego_source to a Source(None, None) and pass the dense network to load()"
+        )
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    legos = dict(lego_modules(model))
+    shapes = {}
+    for name, tensor in _own_tensors(model).items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in legos or leaf not in ("lego_filters", "index", "coefficients"):
+            shapes[name] = tuple(tensor.shape)
+    for name, module in legos.items():
+        shapes[f"{name}.weight" if name else "weight"] = tuple(module.weight.shape)
+    return shapes
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a compressed network from its folder; the original is not needed.
+
+    Args:
+        path: the folder.
+        model: for a network of your own that no library builds: a fresh dense instance, which
+            becomes the compressed one in place.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, of a newer format, or not true to itself.
+    """
+    folder = Path(path)
+    config, block = read_config(folder)
+    source = Source(
+        block.library,
+        config.get("architecture"),
+        config.get("model_args") or {},
+        block.weights,
+        block.reparameterized,
+    )
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            if model is None:
+                model = _rebuild(folder, source, file)
+            _become_(model, block, file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(folder / TENSORS)!r} is damaged: {error}") from error
+    noted: Any = model
+    noted.lego_source = source
+    if block.spec is not None:
+        noted.lego_record = Record(_spec(folder, block.spec), block.seed or 0, dict(block.skipped))
+    if isinstance(config.get("pretrained_cfg"), dict):
+        noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
+    return guard_fusing_(model).eval()
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
+    """Read and check config.json of a compressed folder: all of it, and its compression block.
+
+    Raises:
+        CheckpointError: it is missing or says something that it may not.
+    """
+    path = folder / CONFIG
+    for needed in (path, folder / TENSORS):
+        if not needed.is_file():
+            raise CheckpointError(
+                f"{str(folder)!r} is no compressed folder: it has no {needed.name}"
+            )
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{str(path)!r} is larger than {MAX_CONFIG_BYTES:,} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is no JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("compression_config"), dict):
+        raise CheckpointError(f"{str(path)!r} has no compression_config: not a compressed network")
+    written = config["compression_config"].get("format_version")
+    if written != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{str(path)!r} has format version {written!r}; this legocompress "
+            f"({VERSION}) reads {FORMAT_VERSION}: install a version that reads it"
+        )
+    try:
+        return config, CompressionConfig.model_validate_json(
+            json.dumps(config["compression_config"])
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        raise CheckpointError(f"{str(path)!r}: {where}: {fault['msg']}") from error
+
+
+def _spec(folder: Path, values: dict[str, Any]) -> LegoSpec:
+    try:
+        return LegoSpec(**values)
+    except SpecError as error:
+        raise CheckpointError(f"{str(folder / CONFIG)!r}: spec: {error}") from error
+
+
+def _tuples(cfg: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that timm keeps."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
+
+
+def _rebuild(folder: Path, source: Source, file: Any) -> nn.Module:
+    """Build the dense architecture, checked without memory first."""
+    if source.library is None or not isinstance(source.architecture, str):
+        raise CheckpointError(
+            f"{str(folder)!r} holds a network of somebody's own class; build a fresh dense "
+            "instance and pass it: load(path, model=...)"
+        )
+    if not isinstance(source.model_args, dict):
+        raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is no mapping")
+    try:
+        skeleton = _skeleton(source)
+        for name, tensor in _own_tensors(skeleton).items():
+            leaf = name.rpartition(".")[2]
+            if leaf != "weight" and name not in file.keys():  # noqa: SIM118 (no mapping)
+                raise CheckpointError(f"{str(folder / TENSORS)!r} has no tensor {name!r}")
+            if not tensor.numel() < 2**40:
+                raise CheckpointError(f"{source.architecture} would need {tensor.numel()} numbers")
+        with torch.random.fork_rng(devices=[]):
+            model = build(source)
+    except LegoError as error:
+        raise CheckpointError(f"{str(folder)!r} cannot be rebuilt: {error}") from error
+    return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
+
+
+def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
+    """Give the dense model the config's Lego modules and the file's tensors, all checked."""
+    for name, layer in block.layers.items():
+        _become_layer_(model, name, layer)
+    own = _own_tensors(model)
+    stored = set(file.keys())
+    if stored != own.keys():
+        odd = sorted(stored ^ own.keys())[0]
+        state = "unknown" if odd in stored else "missing"
+        raise CheckpointError(f"tensor {odd!r} is {state} in the file")
+    legos = dict(lego_modules(model))
+    for name, tensor in own.items():
+        owner, _, leaf = name.rpartition(".")
+        module = legos.get(owner)
+        if module is not None and leaf == "index":
+            tensor.data = _read_index(file, name, module.lego_shape)
+            continue
+        stored_as = _read(file, name, tuple(tensor.shape))
+        if module is not None and leaf in ("lego_filters", "coefficients"):
+            expected = module.storage_dtype if leaf == "lego_filters" else module.coefficients_dtype
+            if stored_as.dtype != TORCH_DTYPES[expected]:
+                raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, config: {expected}")
+            memory = MEMORY_DTYPES[block.layers[owner].memory_dtype]
+            tensor.data = stored_as.to(memory)
+        elif stored_as.is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, expected {tensor.dtype}")
+        else:
+            tensor.data = stored_as
+
+
+def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = nn.Identity()
+    if not isinstance(module, (nn.Conv2d, nn.Linear)) or isinstance(module, LegoModule):
+        raise CheckpointError(f"the architecture has no conv or Linear called {name!r}")
+    n_out, channels, *kernel = module.weight.shape
+    kh, kw = kernel or (1, 1)
+    groups = module.groups if isinstance(module, nn.Conv2d) else 1
+    if layer.n_split > channels or layer.n_lego > layer.n_split * n_out:
+        raise CheckpointError(
+            f"layer {name!r}: n_split={layer.n_split}, n_lego={layer.n_lego} do not fit a weight "
+            f"of shape {tuple(module.weight.shape)}"
+        )
+    if layer.n_terms > layer.n_lego:
+        raise CheckpointError(f"layer {name!r}: n_terms={layer.n_terms} exceeds the Lego filters")
+    shape = UnitShape(n_out, channels, (kh, kw), groups, layer.n_lego, layer.n_split, layer.n_terms)
+    slots = (shape.n_split, n_out, shape.n_terms)
+    if math.prod(slots) > 2**31:
+        raise CheckpointError(f"layer {name!r}: {math.prod(slots):,} slots are too many")
+    empty: Callable[..., Tensor] = torch.empty
+    become_lego_(
+        module,
+        shape,
+        empty(shape.n_lego, shape.width, kh, kw),
+        torch.empty(slots, dtype=torch.int64),
+        None if layer.coefficients_dtype is None else empty(slots),
+        layer.dtype,
+        layer.coefficients_dtype or "fp16",
+    ).weight_error = layer.weight_error
+
+
+def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    found = tuple(file.get_slice(name).get_shape())
+    if found != shape:
+        raise CheckpointError(f"tensor {name!r} has shape {found} in the file, expected {shape}")
+    tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _read_index(file: Any, name: str, shape: UnitShape) -> Tensor:
+    packed = _read(file, name, (packed_bytes(shape),))
+    if packed.dtype != torch.uint8:
+        raise CheckpointError(f"tensor {name!r} is {packed.dtype}, expected packed uint8")
+    index = unpack_index(packed, shape.index_bits, shape.n_slots)
+    if index.numel() and int(index.max()) >= shape.n_lego:
+        raise CheckpointError(
+            f"tensor {name!r} names Lego filter {int(index.max())}, but there are {shape.n_lego}"
+        )
+    return index.reshape(shape.n_split, shape.n_out, shape.n_terms)
+
+
+def open_model(name: str, **create_args: Any) -> nn.Module:
+    """Open a model by name: a compressed folder, a hub folder of timm's, or what `create` takes.
+
+    Args:
+        name: a folder's path or a model name.
+        create_args: passed on to `create`; a compressed folder takes none of them.
+
+    Raises:
+        LegoError: as `load` and `create` raise.
+    """
+    folder = Path(name)
+    if not (folder / CONFIG).is_file():
+        return create(name, **create_args)
+    if (folder / CONFIG).stat().st_size <= MAX_CONFIG_BYTES and "compression_config" not in (
+        folder / CONFIG
+    ).read_text(encoding="utf-8", errors="replace"):
+        return create(f"local-dir:{name}", **create_args)
+    return load(folder)

@@ -1,0 +1,283 @@
+"""The Lego module: still the conv (or Linear) that it was, with a weight made of Lego filters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from legocompress.errors import ConversionError, DenseOnlyError
+from legocompress.spec import StorageDtype, UnitShape
+from legocompress.unit import assemble, split_transform_merge
+
+Route = Literal["assemble", "reference"]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class LegoModule(nn.Module):
+    """What every Lego layer adds to the class of the layer that it replaces.
+
+    Its parameters are `lego_filters` (m, q, kh, kw) and `coefficients` (o, n, k; None in the
+    binary form), its buffer is `index` (o, n, k, int64), and `weight` is assembled from them at
+    every read.
+    """
+
+    lego_shape: UnitShape
+    lego_filters: nn.Parameter
+    index: Tensor
+    coefficients: nn.Parameter | None
+    frozen_weight: Tensor | None
+    storage_dtype: StorageDtype
+    coefficients_dtype: StorageDtype
+    weight_error: float | None
+    bias: nn.Parameter | None
+    _route: Route
+    _channels_last: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, in the layout of the class that was replaced; read-only."""
+        if self.frozen_weight is not None:
+            return self.frozen_weight
+        filters = assemble(self.lego_shape, self.lego_filters, self.index, self.coefficients)
+        if isinstance(self, nn.Linear):
+            return filters.flatten(1)
+        if self._channels_last:
+            return filters.contiguous(memory_format=torch.channels_last)
+        return filters
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise DenseOnlyError(
+                f"the weight of this {type(self).__name__} is assembled from Lego filters and "
+                "cannot be set; call legocompress.to_dense(model) first, or change lego_filters"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def route(self) -> Route:
+        """How the layer computes: 'assemble' the dense weight, or the 'reference' merge."""
+        return self._route
+
+    @route.setter
+    def route(self, route: Route) -> None:
+        if route not in self.routes():
+            raise ConversionError(
+                f"{type(self).__name__} has no route {route!r}; it has {', '.join(self.routes())}"
+            )
+        self._route = route
+
+    def routes(self) -> tuple[Route, ...]:
+        """The routes of this layer; a class with a forward of its own has 'assemble' alone."""
+        forward = getattr(replaced_class(self), "forward", None)
+        known = (nn.Conv2d.forward, Conv2dSame.forward, nn.Linear.forward)
+        return ("assemble", "reference") if forward in known else ("assemble",)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer by its route."""
+        if self._route == "assemble":
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return self._reference(x)
+
+    def _reference(self, x: Tensor) -> Tensor:
+        unit = (self.lego_filters, self.index, self.coefficients, self.bias)
+        if isinstance(self, nn.Linear):
+            y = split_transform_merge(self.lego_shape, x.reshape(-1, x.shape[-1], 1, 1), *unit)
+            return y.reshape(*x.shape[:-1], self.lego_shape.n_out)
+        assert isinstance(self, nn.Conv2d)
+        padding: Any = self.padding
+        if isinstance(self, Conv2dSame):
+            x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)
+        elif self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        batched = x if x.dim() == 4 else x[None]
+        y = split_transform_merge(
+            self.lego_shape, batched, *unit, self.stride, padding, self.dilation
+        )
+        return y if x.dim() == 4 else y[0]
+
+    def freeze(self) -> None:
+        """Assemble the weight once and keep it, for inference; thawed by train() and by loading."""
+        self.frozen_weight = None
+        self.frozen_weight = self.weight.detach()
+
+    def train(self, mode: bool = True) -> LegoModule:
+        """Set the training flag; training thaws a frozen weight, so that filters can learn."""
+        if mode:
+            self.frozen_weight = None
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LegoModule:
+        frozen, self.frozen_weight = self.frozen_weight is not None, None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._channels_last = _is_channels_last(self.lego_filters)
+        if frozen:
+            self.freeze()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.frozen_weight = None
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so a copy is rebuilt from the class that it derives from.
+        return _blank, (replaced_class(self),), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """The replaced layer's own text and the sizes of the Lego unit."""
+        s = self.lego_shape
+        unit = f"n_lego={s.n_lego}, n_split={s.n_split}, n_terms={s.n_terms}"
+        return f"{super().extra_repr()}, {unit}, route={self._route}"
+
+
+_LEGO_CLASSES: dict[type[nn.Module], type[LegoModule]] = {}
+
+
+def lego_class(base: type[nn.Module]) -> type[LegoModule]:
+    """The Lego class that derives from `base`, a Conv2d or Linear class; made once per base."""
+    if base not in _LEGO_CLASSES:
+        namespace = {"__module__": __name__}
+        _LEGO_CLASSES[base] = type(f"Lego{base.__name__}", (LegoModule, base), namespace)
+    return _LEGO_CLASSES[base]
+
+
+def replaced_class(module: LegoModule) -> type[nn.Module]:
+    """The class of the layer that a Lego module replaced."""
+    return type(module).__mro__[2]
+
+
+def _blank(base: type[nn.Module]) -> LegoModule:
+    cls = lego_class(base)
+    return cls.__new__(cls)
+
+
+def become_lego_(
+    layer: nn.Conv2d | nn.Linear,
+    shape: UnitShape,
+    lego_filters: Tensor,
+    index: Tensor,
+    coefficients: Tensor | None,
+    storage_dtype: StorageDtype = "fp32",
+    coefficients_dtype: StorageDtype = "fp16",
+) -> LegoModule:
+    """Turn a conv or Linear into a Lego module, in place.
+
+    The object stays the same, so whoever holds it (a second name, a hook, a list) sees the
+    change, and everything but the weight is kept: stride, padding, bias,
+    hooks, training flag, requires_grad.
+
+    Args:
+        layer: the conv or Linear, with a plain parameter as its weight.
+        shape: sizes of the unit.
+        lego_filters: (m, q, kh, kw).
+        index: (o, n, k) int64 in [0, m).
+        coefficients: (o, n, k), or None for the binary form.
+        storage_dtype: what the checkpoint stores the filters as.
+        coefficients_dtype: what the checkpoint stores the coefficients as.
+    """
+    weight = layer._parameters.pop("weight")
+    assert weight is not None
+
+    def parameter(tensor: Tensor) -> nn.Parameter:
+        kept = tensor.to(device=weight.device, dtype=weight.dtype)
+        return nn.Parameter(kept, requires_grad=weight.requires_grad)
+
+    layer.__class__ = lego_class(type(layer))  # type: ignore[assignment]
+    module: LegoModule = layer  # type: ignore[assignment]
+    module._channels_last = _is_channels_last(weight)
+    if module._channels_last:
+        lego_filters = lego_filters.contiguous(memory_format=torch.channels_last)
+    module.register_parameter("lego_filters", parameter(lego_filters))
+    module.register_buffer("index", index.to(weight.device))
+    gains = None if coefficients is None else parameter(coefficients)
+    module.register_parameter("coefficients", gains)
+    module.register_buffer("frozen_weight", None, persistent=False)
+    module.lego_shape = shape
+    module.storage_dtype = storage_dtype
+    module.coefficients_dtype = coefficients_dtype
+    module.weight_error = None
+    module._route = "assemble"
+    return module
+
+
+def become_dense_(module: LegoModule) -> nn.Conv2d | nn.Linear:
+    """Turn a Lego module back into the layer that it was, with the assembled weight, in place."""
+    weight = module.weight.detach().clone(memory_format=torch.preserve_format)
+    requires_grad = module.lego_filters.requires_grad
+    for name in ("lego_filters", "coefficients"):
+        module._parameters.pop(name)
+    for name in ("index", "frozen_weight"):
+        module._buffers.pop(name)
+    module._non_persistent_buffers_set.discard("frozen_weight")
+    for name in LegoModule.__annotations__:
+        module.__dict__.pop(name, None)
+    module.__class__ = replaced_class(module)  # type: ignore[assignment]
+    layer: Any = module
+    bias = layer._parameters.pop("bias")
+    layer.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    layer.register_parameter("bias", bias)
+    return layer  # type: ignore[no-any-return]
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    # A 1 x 1 filter fits both layouts; its weight is right in either.
+    if weight.dim() != 4 or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def lego_modules(model: nn.Module) -> Iterator[tuple[str, LegoModule]]:
+    """Each Lego module of a model once, with its first name, in the model's own order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LegoModule))
+
+
+def freeze_(model: ModuleT) -> ModuleT:
+    """Assemble every weight once and keep it: inference at dense speed until the next train()."""
+    for _, module in lego_modules(model):
+        module.freeze()
+    return model
+
+
+def to_dense_(model: ModuleT) -> ModuleT:
+    """Turn every Lego module back into an ordinary layer with the assembled weight, in place."""
+    for _, module in list(lego_modules(model)):
+        become_dense_(module)
+    for part in model.modules():
+        for name, value in list(part.__dict__.items()):
+            if isinstance(value, _RefuseFusing):
+                del part.__dict__[name]
+    return model
+
+
+class _RefuseFusing:
+    """Stands in for a block's own fuse method, which would write to a weight that is not there."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        raise DenseOnlyError(
+            f"{self.method}() would rewrite weights that are assembled from Lego filters; "
+            "call legocompress.to_dense(model) first"
+        )
+
+
+FUSING_METHODS = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")
+
+
+def guard_fusing_(model: ModuleT) -> ModuleT:
+    """Make the fuse methods of every block that holds Lego modules raise DenseOnlyError."""
+    for module in model.modules():
+        methods = [m for m in FUSING_METHODS if callable(getattr(type(module), m, None))]
+        if methods and any(True for _ in lego_modules(module)):
+            module.__dict__.update({method: _RefuseFusing(method) for method in methods})
+    return model

@@ -1,0 +1,140 @@
+"""Plan -> the converted model: cluster each layer's filters and turn it into a Lego module."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from legocompress.cluster import cluster
+from legocompress.conv import LegoModule, become_lego_, guard_fusing_
+from legocompress.errors import ConversionError, PlanError
+from legocompress.models import source_of
+from legocompress.plan import LayerPlan, Plan
+from legocompress.spec import LegoSpec, StorageDtype
+from legocompress.unit import assemble, fragments
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+TORCH_DTYPES: dict[StorageDtype, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a conversion was asked for and what it left dense, kept as `model.lego_record`."""
+
+    spec: LegoSpec
+    seed: int
+    skipped: dict[str, str]
+
+
+def convert_(
+    model: ModelT,
+    plan: Plan,
+    seed: int = 0,
+    on_layer: Callable[[LayerPlan], None] | None = None,
+) -> ModelT:
+    """Turn the planned layers of `model` into Lego modules, in place, and return it.
+
+    Every layer's filters are clustered on the layer's own device; layers are done one after the
+    other, so memory stays at the model and one layer's work. Values are rounded to the storage
+    dtypes of the spec, so that what is measured is what is saved.
+
+    Args:
+        model: the network that the plan was made for.
+        plan: what to do.
+        seed: of the clustering; the same seed gives the same bytes.
+        on_layer: called after each layer, for a progress bar.
+
+    Raises:
+        PlanError: the plan converts nothing, or does not fit the model.
+        ConversionError: a layer's weights hold NaN or infinity; nothing has been changed then.
+    """
+    if not plan.layers:
+        raise PlanError(f"no layer can be converted: {reasons(plan)}")
+    if plan.reparameterize:
+        model = reparameterize_model(model.eval(), inplace=True)
+    layers = {name: _find(model, row) for name, row in plan.layers.items()}
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ConversionError(
+                f"the weight of layer {name!r} holds NaN or infinity; repair the weights, "
+                f"or leave the layer out with --skip {name!r}"
+            )
+    for name, row in plan.layers.items():
+        _convert_layer_(layers[name], row, seed)
+        if on_layer is not None:
+            on_layer(row)
+    guard_fusing_(model)
+    noted: Any = model
+    noted.lego_source = replace(source_of(model), reparameterized=plan.reparameterize)
+    noted.lego_record = Record(plan.spec, seed, dict(plan.skipped))
+    return model
+
+
+def reasons(plan: Plan) -> str:
+    """Why layers stay dense, as one text: each reason with the number of layers, most first."""
+    counts = Counter(reason.partition(":")[0] for reason in plan.skipped.values())
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+
+
+def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
+    try:
+        layer = model.get_submodule(row.name)
+    except AttributeError:
+        raise PlanError(f"the plan names a layer {row.name!r}, which this model has not") from None
+    weight = layer._parameters.get("weight")
+    if weight is None or tuple(weight.shape) != row.weight_shape:
+        raise PlanError(f"layer {row.name!r} is not the one that the plan was made for")
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    return layer
+
+
+@torch.no_grad()
+def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> LegoModule:
+    shape, spec = row.shape, row.spec
+    assert shape is not None
+    assert spec is not None
+    weight = layer.weight.detach().reshape(shape.n_out, shape.channels, *shape.kernel)
+    rows = fragments(weight, shape.n_split).reshape(shape.n_fragments, -1)
+    factors = cluster(rows, shape.n_lego, shape.n_terms, spec.coefficients, seed)
+    slots = (shape.n_split, shape.n_out, shape.n_terms)
+    filters = factors.lego_filters.reshape(shape.n_lego, shape.width, *shape.kernel)
+    gains = None
+    if factors.coefficients is not None:
+        filters, gains = _balanced(filters, factors.coefficients.reshape(slots))
+        gains = rounded(gains, spec.coefficients_dtype)
+    filters = rounded(filters, spec.dtype)
+    index = factors.index.reshape(slots)
+    error = relative_error(weight, assemble(shape, filters, index, gains))
+    module = become_lego_(layer, shape, filters, index, gains, spec.dtype, spec.coefficients_dtype)
+    module.weight_error = error
+    return module
+
+
+def _balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the gains' magnitude into the filters, by a power of two, so that fp16 holds them."""
+    largest = gains.abs().max().double()
+    scale = torch.exp2(torch.ceil(torch.log2(largest))) if largest > 0 else torch.ones(())
+    return (filters.double() * scale).to(filters.dtype), (gains.double() / scale).to(gains.dtype)
+
+
+def rounded(values: Tensor, dtype: StorageDtype) -> Tensor:
+    """Round to what `dtype` can store, in the tensor's own dtype; finite values stay finite."""
+    storage = TORCH_DTYPES[dtype]
+    limit = torch.finfo(storage).max
+    return values.clamp(-limit, limit).to(storage).to(values.dtype)
+
+
+def relative_error(exact: Tensor, approximate: Tensor) -> float:
+    """||exact - approximate|| / ||exact|| over all elements; 0 where both are zero."""
+    difference = (exact - approximate).float().norm()
+    return float(difference / exact.float().norm().clamp(min=torch.finfo(torch.float32).tiny))

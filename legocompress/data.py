@@ -1,0 +1,181 @@
+"""Images in: folders, timm dataset names, and arrays, under the preprocessing of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from legocompress.errors import DataError
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of (image tensor, label) and what its labels mean.
+
+    `labelled` is False where the labels are all `UNLABELLED`.
+    """
+
+    dataset: Dataset[tuple[Tensor, int]]
+    size: int
+    labelled: bool
+    name: str
+
+    def batches(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
+        """Batches in the order of the data set: images (N, c, H, W) and labels (N,)."""
+        dataset: Dataset[Any] = self.dataset
+        return DataLoader(dataset, batch_size, shuffle=False, num_workers=workers)
+
+
+def open_images(
+    where: str,
+    model: nn.Module,
+    data_dir: str | None = None,
+    split: str = "validation",
+    class_map: str | None = None,
+    labels: bool = True,
+) -> Images:
+    """Open images under the preprocessing that `model` carries in its `pretrained_cfg`.
+
+    Args:
+        where: a folder of images (with a sub-folder a class, or none at all), an .npz file of
+            `images` (N, H, W[, 3]) uint8 and perhaps `labels` (N,), or a timm dataset name such as
+            `torch/cifar10`.
+        model: the network that will see them.
+        data_dir: root of a named data set.
+        split: of a named data set.
+        class_map: text file of class folder names, one a line, in the order of the outputs.
+        labels: False drops the labels.
+
+    Raises:
+        DataError: nothing is there, an image cannot be read, or the labels cannot be those of the
+            model.
+    """
+    cfg = resolve_data_config({}, model=model)
+    channels = cfg["input_size"][0]
+    if channels not in (1, 3):
+        raise DataError(f"the model takes {channels} channels; images have 1 (grey) or 3 (RGB)")
+    transform = create_transform(**cfg, is_training=False)
+    mode = "L" if channels == 1 else "RGB"
+    path = Path(where)
+    if path.suffix == ".npz" and path.is_file():
+        images = _arrays(path, transform, mode, labels)
+    elif path.is_dir():
+        images = _folder(path, transform, mode, class_map, labels)
+    elif "/" in where and not path.exists() and not where.startswith((".", "/")):
+        images = _named(where, data_dir, split, transform, mode, labels)
+    else:
+        raise DataError(
+            f"no images at {where!r}; allowed are a folder, an .npz file with 'images', or a timm "
+            "dataset name such as torch/cifar10 with --data-dir"
+        )
+    return images
+
+
+class _Files(Dataset[tuple[Tensor, int]]):
+    """Image files with labels; one that cannot be read is an error that names it."""
+
+    def __init__(self, items: list[tuple[str, int]], transform: Callable[..., Tensor], mode: str):
+        self.items, self.transform, self.mode = items, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        path, label = self.items[position]
+        try:
+            with Image.open(path) as image:
+                return self.transform(image.convert(self.mode)), label
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(
+                f"image {path!r} cannot be read ({error}); remove or repair it"
+            ) from None
+
+
+class _Arrays(Dataset[tuple[Tensor, int]]):
+    """Images held in memory as uint8."""
+
+    def __init__(self, pixels: Any, labels: Any, transform: Callable[..., Tensor], mode: str):
+        self.pixels, self.labels, self.transform, self.mode = pixels, labels, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        image = Image.fromarray(self.pixels[position]).convert(self.mode)
+        return self.transform(image), int(self.labels[position])
+
+
+def _folder(
+    path: Path, transform: Callable[..., Tensor], mode: str, class_map: str | None, labels: bool
+) -> Images:
+    order = None if class_map is None else _class_order(Path(class_map))
+    items, classes = find_images_and_targets(str(path), class_to_idx=order)
+    if not items:
+        raise DataError(f"folder {str(path)!r} holds no images" + _outside(order, class_map))
+    labelled = labels and (order is not None or len(classes) > 1)
+    if not labelled:
+        items = [(file, UNLABELLED) for file, _ in items]
+    return Images(_Files(items, transform, mode), len(items), labelled, str(path))
+
+
+def _outside(order: dict[str, int] | None, class_map: str | None) -> str:
+    return "" if order is None else f" in a sub-folder that {class_map!r} names"
+
+
+def _class_order(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"class map {str(path)!r} cannot be read: {error}") from error
+    return {line.strip(): position for position, line in enumerate(lines) if line.strip()}
+
+
+def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: bool) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            pixels = file["images"]
+            targets = file["labels"] if labels and "labels" in file else None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{str(path)!r} is no .npz file with 'images': {error}") from error
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not len(pixels):
+        raise DataError(
+            f"'images' of {str(path)!r} are {pixels.dtype} {pixels.shape}; expected uint8 "
+            "(N, H, W) or (N, H, W, 3)"
+        )
+    if targets is not None and targets.shape != (len(pixels),):
+        raise DataError(
+            f"'labels' of {str(path)!r} have shape {targets.shape}, one an image expected"
+        )
+    labelled = targets is not None
+    targets = np.full(len(pixels), UNLABELLED) if targets is None else targets
+    return Images(_Arrays(pixels, targets, transform, mode), len(pixels), labelled, str(path))
+
+
+def _named(
+    name: str,
+    data_dir: str | None,
+    split: str,
+    transform: Callable[..., Tensor],
+    mode: str,
+    labels: bool,
+) -> Images:
+    try:
+        dataset = create_dataset(name, root=data_dir, split=split, input_img_mode=mode)
+        dataset.transform = transform
+        size = len(dataset)
+    except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
+        raise DataError(
+            f"data set {name!r} (split {split!r}, --data-dir {data_dir}) cannot be opened: {error}"
+        ) from error
+    return Images(dataset, size, labels, name)

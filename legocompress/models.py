@@ -1,0 +1,326 @@
+"""Where models come from (timm, torchvision, hub, folder, file), with their preprocessing."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import timm
+import torch
+import torchvision
+from timm.models import load_model_config_from_hf, load_state_dict
+from timm.models._hub import load_model_config_from_path
+from torch import Tensor, nn
+
+from legocompress.errors import ModelNameError, UsageError, WeightsError
+from legocompress.probe import model_cfg
+
+Library = Literal["timm", "torchvision"]
+# Arguments of the factories, not of an architecture: none of these may come from a file.
+FACTORY_ARGS = frozenset(
+    [
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "checkpoint_path",
+        "cache_dir",
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "weights",
+        "weights_backbone",
+        "progress",
+        "device",
+        "dtype",
+    ]
+)
+# Heads that googlenet and inception_v3 have in training alone.
+AUXILIARY = frozenset(["aux1", "aux2", "AuxLogits"])
+
+
+@dataclass(frozen=True)
+class Source:
+    """What rebuilds a network without its weights: library, architecture and arguments.
+
+    `library` is None for a network of the user's own. `weights` is prose for the record.
+    """
+
+    library: Library | None
+    architecture: str | None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str = "unknown"
+    reparameterized: bool = False
+
+
+def create(
+    name: str,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    model_args: dict[str, Any] | None = None,
+    preprocess: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Create a dense network with its weights and preprocessing, in eval mode.
+
+    Args:
+        name: `resnet50` (timm's where both have it), `timm/NAME`, `torchvision/NAME`,
+            `hf-hub:USER/REPO`, or `local-dir:FOLDER`.
+        weights: a state dict file (safetensors, or torch loaded with weights_only) instead of the
+            library's own weights.
+        pretrained: load the library's weights; False leaves them random, by `seed`.
+        num_classes: outputs of the classifier, where not the architecture's default.
+        in_chans: channels of the image (timm only).
+        model_args: further arguments of the architecture.
+        preprocess: entries laid over the model's `pretrained_cfg` (input_size, mean, std,
+            interpolation, crop_pct, ...).
+        seed: of random weights.
+
+    Raises:
+        ModelNameError: no library knows the name.
+        UsageError: an argument does not fit the architecture.
+        WeightsError: the weights cannot be had, read, or do not fit.
+    """
+    source, cfg = _resolve(name)
+    args = {"num_classes": num_classes, "in_chans": in_chans, **(model_args or {})}
+    given = {key: value for key, value in args.items() if value is not None}
+    source = replace(source, model_args={**source.model_args, **given})
+    fetch = pretrained and weights is None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _download(name, source, cfg) if fetch else build(source)
+    if weights is not None:
+        load_weights_(model, Path(weights))
+    origin = f"file {Path(weights).name}" if weights else name if fetch else f"random, seed {seed}"
+    noted: Any = model
+    noted.pretrained_cfg = {**(cfg or model_cfg(model)), **(preprocess or {})}
+    noted.lego_source = replace(source, weights=origin)
+    return model.eval()
+
+
+def build(source: Source) -> nn.Module:
+    """Build a source's architecture without pretrained weights.
+
+    A torchvision network gets a `pretrained_cfg` as timm's have it.
+
+    Raises:
+        ModelNameError: the architecture is unknown.
+        UsageError: its arguments do not fit.
+    """
+    assert source.library is not None
+    assert source.architecture is not None
+    names = _names(source.library)
+    if source.architecture.partition(".")[0] not in names:
+        raise ModelNameError(_unknown(source.architecture, names))
+    bad = FACTORY_ARGS & source.model_args.keys()
+    if bad:
+        raise UsageError(
+            f"{', '.join(sorted(bad))} cannot be given as an argument of {source.architecture}"
+        )
+    try:
+        if source.library == "timm":
+            model = timm.create_model(source.architecture, pretrained=False, **source.model_args)
+        else:
+            model = _torchvision(source.architecture, source.model_args)
+    except (TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as error:
+        raise UsageError(
+            f"{source.library}/{source.architecture} cannot be built with arguments "
+            f"{source.model_args}: {_first_line(error)}"
+        ) from error
+    return model  # type: ignore[no-any-return]
+
+
+def source_of(model: nn.Module) -> Source:
+    """What rebuilds `model`: what `create` noted, else what timm noted, else a source of None."""
+    noted = getattr(model, "lego_source", None)
+    if isinstance(noted, Source):
+        return noted
+    architecture = model_cfg(model).get("architecture")
+    if type(model).__module__.startswith("timm.") and architecture:
+        args = dict(getattr(model, "_model_args", {}))
+        classes = getattr(model, "num_classes", None)
+        if isinstance(classes, int):
+            args.setdefault("num_classes", classes)
+        return Source("timm", architecture, args)
+    return Source(None, None)
+
+
+def load_weights_(model: nn.Module, path: Path) -> nn.Module:
+    """Load a state dict file into `model`, every key and shape matching.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, no plain tensors, or of another network.
+    """
+    if not path.is_file():
+        raise WeightsError(f"weights file {str(path)!r} does not exist")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise WeightsError(
+            f"weights file {str(path)!r} cannot be read as safetensors or as a torch state dict of "
+            f"plain tensors: {_first_line(error)}"
+        ) from error
+    except Exception as error:  # torch.load raises pickle's own errors for what is not tensors
+        raise WeightsError(
+            f"weights file {str(path)!r} holds more than plain tensors, which is refused: "
+            f"{_first_line(error)}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"weights file {str(path)!r} is no state dict: a name to tensor mapping")
+    _load_state_(model, state, f"the weights in {str(path)!r}")
+    return model
+
+
+def _load_state_(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    own = model.state_dict()
+    # Linear layers built as 1x1 convs (ConvNeXt) have the same numbers in another shape.
+    fitted = {
+        key: value.reshape(own[key].shape)
+        if key in own and (*value.shape, 1, 1) == tuple(own[key].shape)
+        else value
+        for key, value in state.items()
+    }
+    missing = [k for k in own if k not in fitted and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in fitted if k not in own]
+    shapes = [k for k in own if k in fitted and own[k].shape != fitted[k].shape]
+    faults = {"missing": missing, "unknown": unknown, "of another shape": shapes}
+    if missing or unknown or shapes:
+        told = "; ".join(
+            f"{len(keys)} {what} (such as {_example(keys[0], own, fitted)})"
+            for what, keys in faults.items()
+            if keys
+        )
+        raise WeightsError(
+            f"{origin} do not fit {type(model).__name__}: tensors {told}. Name the architecture "
+            "that they were saved from, and --num-classes if its classifier is not the default"
+        )
+    # Laid over the model's own state, whose version metadata MnasNet would miss.
+    own.update(fitted)
+    model.load_state_dict(own)
+
+
+def _example(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    if key in own and key in state:
+        return f"{key}: {tuple(state[key].shape)} given, {tuple(own[key].shape)} expected"
+    return key
+
+
+def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
+    """Turn a user's model name into a source, and the hub's configuration where it has one."""
+    scheme, _, rest = name.partition(":")
+    if scheme in ("hf-hub", "hf_hub", "local-dir", "local_dir"):
+        load = load_model_config_from_path if scheme.startswith("local") else _hub_config
+        try:
+            cfg, architecture, args = load(rest)
+        except (FileNotFoundError, ValueError, KeyError, OSError) as error:
+            raise WeightsError(
+                f"no model configuration at {name!r}: {_first_line(error)}"
+            ) from error
+        source = Source("timm", architecture, dict(args or {}))
+        if scheme.startswith("local") and "num_classes" in cfg:
+            source.model_args.setdefault("num_classes", cfg["num_classes"])
+        return source, dict(cfg)
+    library, slash, short = name.rpartition("/")
+    if slash and library not in ("timm", "torchvision"):
+        raise ModelNameError(
+            f"unknown model source {library!r} in {name!r}; allowed are NAME, timm/NAME, "
+            "torchvision/NAME, hf-hub:USER/REPO, local-dir:FOLDER, or the path of a folder"
+        )
+    for candidate in ("timm", "torchvision"):
+        known = _names(candidate)
+        if library in ("", candidate) and short.partition(".")[0] in known:
+            return Source(candidate, short, _default_args(candidate, short)), None
+    known = _names(library) if library else sorted({*_names("timm"), *_names("torchvision")})
+    raise ModelNameError(_unknown(short, known))
+
+
+def _names(library: str) -> list[str]:
+    found: list[str] = timm.list_models() if library == "timm" else torchvision.models.list_models()
+    return found
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    hint = f"; the nearest names are {', '.join(near)}" if near else ""
+    return (
+        f"unknown model {name!r}{hint}. Names are those of timm.list_models() and "
+        "torchvision.models.list_models()"
+    )
+
+
+def _default_args(library: Library, name: str) -> dict[str, Any]:
+    """Arguments that an architecture needs to be rebuilt, or to be convertible at all."""
+    if library == "timm" and name.startswith("convnext"):
+        return {"conv_mlp": True}  # its Linears hold 95 % of the parameters; 1x1 convs are the same
+    if library == "torchvision" and name in ("googlenet", "inception_v3"):
+        return {"aux_logits": False, "transform_input": True, "init_weights": False}
+    if library == "torchvision" and name.startswith(("fcn_", "deeplabv3_")):
+        return {"aux_loss": True}  # as their pretrained weights have it
+    return {}
+
+
+def _hub_config(repo: str) -> Any:
+    return load_model_config_from_hf(repo)
+
+
+def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Module:
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    assert source.library is not None
+    assert source.architecture is not None
+    try:
+        if source.library == "timm":
+            origin = name if cfg is not None else source.architecture
+            return timm.create_model(origin, pretrained=True, **source.model_args)  # type: ignore[no-any-return]
+        model = build(source)
+        entry = torchvision.models.get_model_weights(source.architecture).DEFAULT
+        state = entry.get_state_dict(progress=False, check_hash=True)
+        kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
+        _load_state_(model, kept, f"torchvision's {entry}")
+        return model
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"the pretrained weights of {name!r} cannot be had: {_first_line(error)}. "
+            "Give a local file with --weights FILE, or take random weights with --no-pretrained"
+        ) from error
+
+
+def _torchvision(name: str, args: dict[str, Any]) -> nn.Module:
+    if "in_chans" in args:
+        raise UsageError(f"torchvision/{name} takes no in_chans; only timm's models do")
+    builder = torchvision.models.get_model_builder(name)
+    # Detectors and segmenters fetch an ImageNet backbone unless told not to.
+    backbone = {"weights_backbone": None}
+    extra = backbone if "weights_backbone" in inspect.signature(builder).parameters else {}
+    model = builder(weights=None, **extra, **args)
+    model.pretrained_cfg = _torchvision_cfg(name)
+    return model  # type: ignore[no-any-return]
+
+
+def _torchvision_cfg(name: str) -> dict[str, Any]:
+    """A timm-like configuration from the transforms of a torchvision weights enum."""
+    cfg: dict[str, Any] = {"architecture": name}
+    entries = list(torchvision.models.get_model_weights(name))
+    transforms: Any = entries[-1].transforms() if entries else None
+    crop = getattr(transforms, "crop_size", None)
+    if not crop:
+        return cfg
+    return {
+        **cfg,
+        "input_size": (3, crop[0], crop[0]),
+        "crop_pct": crop[0] / transforms.resize_size[0],
+        "crop_mode": "center",
+        "interpolation": transforms.interpolation.value,
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

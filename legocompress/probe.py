@@ -1,0 +1,138 @@
+"""One forward pass that tells in which order the layers run, how often, on maps of what size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import CondConv2d
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear, CondConv2d)
+
+
+@dataclass
+class Calls:
+    """What one layer did during the pass.
+
+    `pixels` sums, over all calls and images, the positions at which the whole weight is applied, so
+    that a dense layer costs pixels * weight elements multiply-accumulates.
+    """
+
+    order: int
+    pixels: int
+    sees_image: bool
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode without gradients; every module gets its own flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def probe(
+    model: nn.Module, example_input: Any = None
+) -> tuple[dict[nn.Module, Calls], tuple[int, ...] | None, str | None]:
+    """Run the model once and record the calls of each conv and Linear.
+
+    Args:
+        model: any network.
+        example_input: a tensor (N, c, H, W) or a tuple of arguments; by default zeros of the size
+            that the model's configuration names, offered as one batch, as a list of images
+            (detectors) and as a pair (optical flow).
+
+    Returns:
+        The calls by layer, the input's shape, and a note if no input was accepted: the calls are
+        then empty, and order and costs are unknown.
+    """
+    if example_input is not None:
+        args = example_input if isinstance(example_input, tuple) else (example_input,)
+        return (
+            _run(model, args),
+            tuple(args[0].shape) if isinstance(args[0], Tensor) else None,
+            None,
+        )
+    image = default_input(model)
+    if image is None:
+        return {}, None, "the model has no parameters to take a device from; costs are unknown"
+    faults = []
+    for args in ((image,), (list(image),), (image, image)):
+        try:
+            return _run(model, args), tuple(image.shape), None
+        # A network may refuse an input in any way; that is an answer here, not a failure.
+        except Exception as error:
+            faults.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    return (
+        {},
+        None,
+        (
+            f"no forward pass on zeros of shape {tuple(image.shape)} succeeded ({faults[0]}); "
+            "MACs are unknown and the first conv registered counts as the stem"
+        ),
+    )
+
+
+def default_input(model: nn.Module) -> Tensor | None:
+    """One zero image (1, c, H, W) of the size that the model's configuration names, else 224."""
+    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if reference is None:
+        return None
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    size = (first.in_channels if first is not None else 3, 224, 224)
+    cfg = model_cfg(model)
+    named = cfg.get("test_input_size") if cfg.get("input_size") is None else cfg["input_size"]
+    if named:
+        # in_chans may have been changed after the configuration was written; the conv knows.
+        size = (named[0] if first is None or first.in_channels > 4 else size[0], *named[1:])
+    return torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
+
+
+def model_cfg(model: nn.Module) -> dict[str, Any]:
+    """The pretrained_cfg of a model as a dict, as timm keeps it; empty where there is none."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    return dict(cfg) if isinstance(cfg, dict) else {}
+
+
+def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, Calls]:
+    calls: dict[nn.Module, Calls] = {}
+
+    def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not inputs:
+            return
+        sees_image = any(inputs[0] is arg for arg in args)
+        seen = calls.setdefault(layer, Calls(len(calls), 0, sees_image))
+        seen.pixels += _positions(layer, inputs[0], output)
+        seen.sees_image |= sees_image
+
+    hooks = [
+        module.register_forward_hook(record)
+        for module in model.modules()
+        if isinstance(module, WEIGHT_LAYERS)
+    ]
+    try:
+        with evaluating(model):
+            model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:
+    if isinstance(layer, _ConvTransposeNd):
+        return x.numel() // layer.in_channels
+    if isinstance(layer, nn.Linear):
+        return y.numel() // layer.out_features
+    assert isinstance(layer, (_ConvNd, CondConv2d))
+    return y.numel() // int(layer.out_channels)

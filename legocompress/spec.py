@@ -1,0 +1,201 @@
+"""What the user asks for: LegoSpec, per-layer rules, name patterns; and a Lego unit's sizes."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from legocompress.errors import PatternError, SpecError
+
+StorageDtype = Literal["fp32", "fp16", "bf16"]
+STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class UnitShape:
+    """The integer sizes that define one Lego unit; everything else about it is derived.
+
+    A dense weight F has shape (n_out, channels, *kernel), where channels = c / groups.
+    """
+
+    n_out: int
+    channels: int
+    kernel: tuple[int, int]
+    groups: int
+    n_lego: int
+    n_split: int
+    n_terms: int
+
+    @property
+    def width(self) -> int:
+        """Input channels of one fragment; the last fragment is padded with zeros up to it."""
+        return -(-self.channels // self.n_split)
+
+    @property
+    def n_fragments(self) -> int:
+        """Fragments of the whole layer: one a (split, output channel)."""
+        return self.n_split * self.n_out
+
+    @property
+    def n_slots(self) -> int:
+        """Entries of the index, and of the coefficients."""
+        return self.n_fragments * self.n_terms
+
+    @property
+    def n_filter_values(self) -> int:
+        """Numbers in the bank of Lego filters."""
+        return self.n_lego * self.width * self.kernel[0] * self.kernel[1]
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of one index: ceil(log2(n_lego)), 0 where there is one Lego filter only."""
+        return (self.n_lego - 1).bit_length()
+
+
+class _Value(BaseModel):
+    """A frozen, strict value whose faults are told together, in this package's own error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SpecError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"])
+        message = fault["msg"].removeprefix("Value error, ")
+        faults.append(f"{where}={fault['input']!r}: {message[0].lower()}{message[1:]}")
+    return "; ".join(faults)
+
+
+class Rule(_Value):
+    """Settings for the layers whose name matches `pattern`; None keeps the general setting."""
+
+    pattern: str = Field(min_length=1)
+    m: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    o: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1)
+    coefficients: bool | None = None
+    dtype: StorageDtype | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Read 'PATTERN:key=value,...', such as 'layer4.*:m=0.25,o=4,k=4'.
+
+        Raises:
+            SpecError: the text has no settings, an unknown key, or a value out of range.
+        """
+        pattern, colon, settings = text.rpartition(":")
+        pairs = [part.partition("=") for part in settings.split(",")]
+        if not colon or not pattern or not all(equals for _, equals, _ in pairs):
+            raise SpecError(
+                f"rule {text!r} is not of the form PATTERN:key=value,... "
+                "(keys m, o, k, coefficients, dtype), such as 'layer4.*:m=0.25,o=4,k=4'"
+            )
+        fields: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
+        return cls(pattern=pattern, **fields)
+
+
+class LegoSpec(_Value):
+    """How a network is to be compressed.
+
+    `m` Lego filters per output channel, `o` splits of the input channels, `k` Lego filters summed
+    per slot, `coefficients` or the paper's plain binary form; `dtype` and `coefficients_dtype` are
+    what the checkpoint stores, and conversion rounds to them, so that what is measured is what is
+    saved. The first of `rules` whose pattern matches a layer overrides m, o, k, coefficients and
+    dtype there. `only` and `skip` choose layers by pattern. A layer named exactly (no wildcard) in
+    a rule or in `only` is taken in even where the default leaves it out (stem, classifier, Linear).
+    `allow_expansion` also converts layers where m' > n or where the Lego form takes more bits.
+
+    Raises:
+        SpecError: a value is out of range or a key is unknown.
+    """
+
+    m: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    o: int = Field(default=2, ge=1)
+    k: int = Field(default=1, ge=1)
+    coefficients: bool = True
+    dtype: StorageDtype = "fp32"
+    coefficients_dtype: StorageDtype = "fp16"
+    rules: tuple[Rule, ...] = ()
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    linear: bool = False
+    allow_expansion: bool = False
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _parse_rules(cls, rules: Any) -> Any:
+        if isinstance(rules, str):
+            raise SpecError(f"rules={rules!r}: give a list of rules, not one text")
+        return tuple(Rule.parse(rule) if isinstance(rule, str) else rule for rule in rules)
+
+    @field_validator("only", "skip", mode="before")
+    @classmethod
+    def _no_bare_string(cls, patterns: Any) -> Any:
+        return (patterns,) if isinstance(patterns, str) else patterns
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuse m > 1 unless expansion is allowed: such a bank has more filters than outputs."""
+        for where, m in [("m", self.m), *((f"rule {r.pattern!r} m", r.m) for r in self.rules)]:
+            if m is not None and m > 1 and not self.allow_expansion:
+                raise SpecError(
+                    f"{where}={m:g} would make more Lego filters than output channels, which is "
+                    "slower and larger than dense; allowed is 0 < m <= 1, or pass allow_expansion "
+                    "(--allow-expansion) if that is meant"
+                )
+
+    def for_layer(self, name: str) -> LegoSpec:
+        """The settings of one layer: the first matching rule laid over the general ones."""
+        for rule in self.rules:
+            if matches(rule.pattern, name):
+                changes = rule.model_dump(exclude={"pattern"}, exclude_none=True)
+                return self.model_copy(update=changes)
+        return self
+
+    def names_exactly(self, name: str) -> bool:
+        """Whether a rule or `only` names this layer without a wildcard."""
+        return name in self.only or any(rule.pattern == name for rule in self.rules)
+
+    def patterns(self) -> Iterable[tuple[str, str]]:
+        """Every pattern of this spec with the option that it came from."""
+        yield from (("rule", rule.pattern) for rule in self.rules)
+        yield from (("only", pattern) for pattern in self.only)
+        yield from (("skip", pattern) for pattern in self.skip)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer name matches a pattern: an exact name, a glob, or `re:` and a full match.
+
+    Raises:
+        PatternError: the regular expression is malformed.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise PatternError(f"pattern {pattern!r} is no regular expression: {error}") from None
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def check_patterns(spec: LegoSpec, names: Sequence[str]) -> None:
+    """Raise PatternError if a pattern of the spec matches none of the model's layer names."""
+    for option, pattern in spec.patterns():
+        if not any(matches(pattern, name) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names[:3])
+            raise PatternError(
+                f"--{option} pattern {pattern!r} matches none of the model's {len(names)} layers; "
+                f"names look like {', '.join(map(repr, near))} "
+                "(exact name, glob with *, or re: and a regular expression)"
+            )

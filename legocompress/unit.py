@@ -1,0 +1,150 @@
+"""The math of one Lego unit, as pure functions of tensors.
+
+Letters of the shapes: n outputs, c input channels, g groups, o splits, m Lego filters, k terms a
+slot, q = ceil(c / g / o) channels a fragment. Sizes come as a UnitShape of Python integers, never
+unpacked from tensors, so that tracing and export see constants.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from legocompress.spec import UnitShape
+
+
+def fragments(weight: Tensor, n_split: int) -> Tensor:
+    """Cut the filters (n, c/g, kh, kw) into fragments (o, n, q, kh, kw), the last zero-padded."""
+    n_out, channels, kh, kw = weight.shape
+    width = -(-channels // n_split)
+    padded = F.pad(weight, (0, 0, 0, 0, 0, n_split * width - channels))
+    return padded.reshape(n_out, n_split, width, kh, kw).transpose(0, 1)
+
+
+def assemble(
+    shape: UnitShape, lego_filters: Tensor, index: Tensor, coefficients: Tensor | None
+) -> Tensor:
+    """Build the dense filters (n, c/g, kh, kw) that a Lego unit stands for.
+
+    F[j, fragment i] = sum_t coefficients[i, j, t] * lego_filters[index[i, j, t]]; with k = 1 this
+    is eq. 3 of LegoNet (Yang et al., ICML 2019).
+
+    Args:
+        shape: sizes of the unit.
+        lego_filters: (m, q, kh, kw).
+        index: (o, n, k) integers in [0, m).
+        coefficients: (o, n, k), or None for all ones.
+    """
+    bank = lego_filters.reshape(shape.n_lego, -1)
+    slots = index.reshape(shape.n_fragments, shape.n_terms)
+    gains = None
+    if coefficients is not None:
+        gains = coefficients.reshape(shape.n_fragments, shape.n_terms)
+    total = None
+    for t in range(shape.n_terms):
+        term = bank.index_select(0, slots[:, t])
+        if gains is not None:
+            term = term * gains[:, t : t + 1]
+        total = term if total is None else total + term
+    assert total is not None
+    kh, kw = shape.kernel
+    split = total.reshape(shape.n_split, shape.n_out, shape.width, kh, kw)
+    filters = split.transpose(0, 1).reshape(shape.n_out, shape.n_split * shape.width, kh, kw)
+    if shape.n_split * shape.width == shape.channels:
+        return filters
+    return filters[:, : shape.channels].contiguous()
+
+
+def split_transform_merge(
+    shape: UnitShape,
+    x: Tensor,
+    lego_filters: Tensor,
+    index: Tensor,
+    coefficients: Tensor | None,
+    bias: Tensor | None = None,
+    stride: tuple[int, ...] = (1, 1),
+    padding: str | tuple[int, ...] = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+) -> Tensor:
+    """Convolve (N, c, H, W) with a Lego unit without building its dense filters: (N, n, H', W').
+
+    Y[j] = sum_i sum_t coefficients[i, j, t] * conv(X_i, lego_filters)[index[i, j, t]] + bias[j]
+    (LegoNet, eqs. 4 to 6). Plain operators only: every split of every group becomes one more image
+    of one plain conv, then each term is a gather, a product and a sum.
+
+    Args:
+        shape: sizes of the unit.
+        x: (N, c, H, W).
+        lego_filters: (m, q, kh, kw).
+        index: (o, n, k) integers in [0, m).
+        coefficients: (o, n, k), or None for all ones.
+        bias: (n,) or None.
+        stride: of the conv.
+        padding: of the conv, zeros; also 'same' and 'valid'.
+        dilation: of the conv.
+    """
+    height, width = x.shape[2], x.shape[3]
+    missing = shape.n_split * shape.width - shape.channels
+    if missing:
+        x = x.reshape(-1, shape.channels, height, width)
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    parts = x.reshape(-1, shape.width, height, width)
+    z = F.conv2d(parts, lego_filters, None, stride, padding, dilation)
+    n_parts = shape.groups * shape.n_split
+    z = z.reshape(-1, n_parts * shape.n_lego, z.shape[2], z.shape[3])
+    rows = _rows(shape, index)
+    y = None
+    for i in range(shape.n_split):
+        for t in range(shape.n_terms):
+            term = z.index_select(1, rows[i, :, t])
+            if coefficients is not None:
+                term = term * coefficients[i, :, t].reshape(1, -1, 1, 1)
+            y = term if y is None else y + term
+    assert y is not None
+    return y if bias is None else y + bias.reshape(1, -1, 1, 1)
+
+
+def _rows(shape: UnitShape, index: Tensor) -> Tensor:
+    """Channels (o, n, k) of the intermediate map (N, g*o*m, H', W') that the slots name."""
+    group = torch.arange(shape.n_out, device=index.device) // (shape.n_out // shape.groups)
+    split = torch.arange(shape.n_split, device=index.device)
+    part = group[None, :] * shape.n_split + split[:, None]
+    return index + part[:, :, None] * shape.n_lego
+
+
+def used_filters(shape: UnitShape, index: Tensor) -> int:
+    """Count the (group, split, Lego filter) triples that some slot names, of g*o*m in all."""
+    return int(torch.unique(_rows(shape, index)).numel())
+
+
+def dense_params(shape: UnitShape) -> int:
+    """Numbers in the dense weight."""
+    return shape.n_out * shape.channels * shape.kernel[0] * shape.kernel[1]
+
+
+def lego_params(shape: UnitShape, coefficients: bool) -> int:
+    """Trainable numbers of the Lego form: bank and coefficients; the index is none."""
+    return shape.n_filter_values + (shape.n_slots if coefficients else 0)
+
+
+def lego_bits(shape: UnitShape, filter_bits: int, coefficient_bits: int) -> int:
+    """Ideal size in bits of bank, index and coefficients; 0 coefficient bits is the binary form."""
+    return shape.n_filter_values * filter_bits + shape.n_slots * (
+        shape.index_bits + coefficient_bits
+    )
+
+
+def dense_macs(shape: UnitShape, pixels: int) -> int:
+    """Multiply-accumulates of the dense conv for this many output pixels."""
+    return dense_params(shape) * pixels
+
+
+def lego_macs(shape: UnitShape, pixels: int) -> int:
+    """Multiply-accumulates of split, transform and merge for this many output pixels.
+
+    Transform m*c*kh*kw and merge n*o*k a pixel (LegoNet, eq. 17, generalised to g groups, k terms
+    and padded splits).
+    """
+    transform = shape.n_filter_values * shape.groups * shape.n_split
+    return (transform + shape.n_slots) * pixels
