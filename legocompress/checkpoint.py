@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record, rounded
-from legocompress.errors import CheckpointError, LegoError, SpecError
+from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
 from legocompress.files import writing
 from legocompress.models import Source, build, create, source_of
 from legocompress.probe import model_cfg
@@ -195,11 +195,22 @@ def _layer_config(module: LegoModule) -> LayerConfig:
     )
 
 
-def _skeleton(source: Source) -> nn.Module:
-    """The architecture without memory for its tensors, in deployed form if it was converted so."""
-    with torch.device("meta"):
+def _fresh(source: Source) -> nn.Module:
+    """The architecture with random values, in deployed form if it was converted so."""
+    with torch.random.fork_rng(devices=[]):
         model = build(source)
     return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
+
+
+def skeleton_of(source: Source) -> nn.Module:
+    """The architecture without memory for its tensors, where it can be built so."""
+    if source.reparameterized:  # fusing computes with the values
+        return _fresh(source)
+    try:
+        with torch.device("meta"):
+            return build(source)
+    except UsageError:
+        return _fresh(source)
 
 
 def _check_rebuilds(model: nn.Module, source: Source) -> None:
@@ -207,7 +218,7 @@ def _check_rebuilds(model: nn.Module, source: Source) -> None:
     if source.library is None:
         return
     try:
-        skeleton = _skeleton(source)
+        skeleton = skeleton_of(source)
     except LegoError as error:
         raise CheckpointError(f"the architecture cannot be rebuilt: {error}") from error
     fresh = {k: tuple(v.shape) for k, v in _own_tensors(skeleton).items()}
@@ -327,18 +338,18 @@ def _rebuild(folder: Path, source: Source, file: Any) -> nn.Module:
     if not isinstance(source.model_args, dict):
         raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is no mapping")
     try:
-        skeleton = _skeleton(source)
+        skeleton = skeleton_of(source)
         for name, tensor in _own_tensors(skeleton).items():
             leaf = name.rpartition(".")[2]
             if leaf != "weight" and name not in file.keys():  # noqa: SIM118 (no mapping)
                 raise CheckpointError(f"{str(folder / TENSORS)!r} has no tensor {name!r}")
             if not tensor.numel() < 2**40:
                 raise CheckpointError(f"{source.architecture} would need {tensor.numel()} numbers")
-        with torch.random.fork_rng(devices=[]):
-            model = build(source)
+        return _fresh(source)
+    except CheckpointError:
+        raise
     except LegoError as error:
         raise CheckpointError(f"{str(folder)!r} cannot be rebuilt: {error}") from error
-    return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
 
 
 def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
@@ -383,8 +394,8 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
     if layer.n_split > channels or layer.n_lego > layer.n_split * n_out:
         raise CheckpointError(
-            f"layer {name!r}: n_split={layer.n_split}, n_lego={layer.n_lego} do not fit a weight "
-            f"of shape {tuple(module.weight.shape)}"
+            f"layer {name!r}: n_split={layer.n_split} and n_lego={layer.n_lego} do not fit "
+            f"a weight of shape {tuple(module.weight.shape)}"
         )
     if layer.n_terms > layer.n_lego:
         raise CheckpointError(f"layer {name!r}: n_terms={layer.n_terms} exceeds the Lego filters")
@@ -409,7 +420,8 @@ def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     if found != shape:
         raise CheckpointError(f"tensor {name!r} has shape {found} in the file, expected {shape}")
     tensor: Tensor = file.get_tensor(name)
-    return tensor
+    # A copy is aligned in memory; unaligned, as in the file, convs round differently.
+    return tensor.clone()
 
 
 def _read_index(file: Any, name: str, shape: UnitShape) -> Tensor:

@@ -7,6 +7,8 @@ accounted for. Both work on the fragments' Gram matrix, at a cost that does not 
 dimension. It is one long file because these steps serve nothing but `cluster`, at its end.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -332,6 +334,17 @@ def _exchange(
     return best
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run many small operations on one thread: where cores are shared, waiting costs 10x more."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def _start(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> Tensor:
     """Return a bank (n_lego, d), block by block so that a Gram matrix stays small."""
     n_blocks = max(1, min(-(-len(x) // BLOCK), n_lego // 64))
@@ -351,10 +364,12 @@ def _start(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> 
             )
             continue
         same = len(distinct) == len(rows)
-        label, weight = _merge(gram if same else distinct @ distinct.T, len(mine), signed)
-        if not same:
-            label, weight = label[number], weight[number]
-        label, weight = _exchange(gram, label, weight, len(mine), signed)
+        small = gram if same else distinct @ distinct.T
+        with _one_thread():
+            label, weight = _merge(small, len(mine), signed)
+            if not same:
+                label, weight = label[number], weight[number]
+            label, weight = _exchange(gram, label, weight, len(mine), signed)
         banks.append(_centres(rows, label, weight if signed else None, len(mine)))
     return torch.cat(banks)
 
@@ -470,7 +485,11 @@ def _pursue(x: Tensor, bank: Tensor, n_terms: int, signed: bool) -> _State:
     pick = _pursue_signed if signed else _pursue_plain
     gram = bank @ bank.T
     rows = max(1, WIDE_CHUNK // (len(bank) * (n_terms + 2)))
-    parts = [pick(part @ bank.T, gram, n_terms) for part in torch.split(x, rows)]
+    parts = []
+    for part in torch.split(x, rows):
+        inner = part @ bank.T
+        with _one_thread():
+            parts.append(pick(inner, gram, n_terms))
     index, gain = (torch.cat(both) for both in zip(*parts, strict=True))
     state = _State(0.0, bank, index, gain)
     error = float((x - _assemble(state)).square().sum(dtype=torch.float64))

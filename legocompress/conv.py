@@ -77,11 +77,11 @@ class LegoModule(nn.Module):
         known = (nn.Conv2d.forward, Conv2dSame.forward, nn.Linear.forward)
         return ("assemble", "reference") if forward in known else ("assemble",)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer by its route."""
         if self._route == "assemble":
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
-        return self._reference(x)
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return self._reference(input)
 
     def _reference(self, x: Tensor) -> Tensor:
         unit = (self.lego_filters, self.index, self.coefficients, self.bias)
@@ -95,11 +95,17 @@ class LegoModule(nn.Module):
         elif self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        batched = x if x.dim() == 4 else x[None]
+        # A traced input has no number of axes to ask for; it is taken as a batch.
+        batched = isinstance(x, torch.fx.Proxy) or x.dim() == 4
         y = split_transform_merge(
-            self.lego_shape, batched, *unit, self.stride, padding, self.dilation
+            self.lego_shape,
+            x if batched else x[None],
+            *unit,
+            self.stride,
+            padding,
+            self.dilation,
         )
-        return y if x.dim() == 4 else y[0]
+        return y if batched else y[0]
 
     def freeze(self) -> None:
         """Assemble the weight once and keep it, for inference; thawed by train() and by loading."""
@@ -115,8 +121,11 @@ class LegoModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LegoModule:
         frozen, self.frozen_weight = self.frozen_weight is not None, None
+        # Filters of one channel look the same in both layouts, so fn tells on a sample.
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        sample = fn(self.lego_filters.detach().new_empty(2, 2, 2, 2).to(memory_format=layout))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._channels_last = _is_channels_last(self.lego_filters)
+        self._channels_last = _is_channels_last(sample)
         if frozen:
             self.freeze()
         return self
@@ -222,9 +231,10 @@ def become_dense_(module: LegoModule) -> nn.Conv2d | nn.Linear:
         module.__dict__.pop(name, None)
     module.__class__ = replaced_class(module)  # type: ignore[assignment]
     layer: Any = module
-    bias = layer._parameters.pop("bias")
+    others = dict(layer._parameters)
+    layer._parameters.clear()
     layer.weight = nn.Parameter(weight, requires_grad=requires_grad)
-    layer.register_parameter("bias", bias)
+    layer._parameters.update(others)
     return layer  # type: ignore[no-any-return]
 
 

@@ -15,7 +15,7 @@ from legocompress.cluster import cluster
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_
 from legocompress.errors import ConversionError, PlanError
 from legocompress.models import source_of
-from legocompress.plan import LayerPlan, Plan
+from legocompress.plan import LayerPlan, Plan, deployed_copy
 from legocompress.spec import LegoSpec, StorageDtype
 from legocompress.unit import assemble, fragments
 
@@ -61,14 +61,9 @@ def convert_(
     if not plan.layers:
         raise PlanError(f"no layer can be converted: {reasons(plan)}")
     if plan.reparameterize:
+        _check(deployed_copy(model), plan)  # so that what fails fails before a change
         model = reparameterize_model(model.eval(), inplace=True)
-    layers = {name: _find(model, row) for name, row in plan.layers.items()}
-    for name, layer in layers.items():
-        if not torch.isfinite(layer.weight).all():
-            raise ConversionError(
-                f"the weight of layer {name!r} holds NaN or infinity; repair the weights, "
-                f"or leave the layer out with --skip {name!r}"
-            )
+    layers = _check(model, plan)
     for name, row in plan.layers.items():
         _convert_layer_(layers[name], row, seed)
         if on_layer is not None:
@@ -86,15 +81,31 @@ def reasons(plan: Plan) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
 
 
+def _check(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
+    layers = {name: _find(model, row) for name, row in plan.layers.items()}
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ConversionError(
+                f"the weight of layer {name!r} holds NaN or infinity; repair the weights, "
+                f"or leave the layer out with --skip {name!r}"
+            )
+    return layers
+
+
 def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
     try:
         layer = model.get_submodule(row.name)
     except AttributeError:
         raise PlanError(f"the plan names a layer {row.name!r}, which this model has not") from None
     weight = layer._parameters.get("weight")
-    if weight is None or tuple(weight.shape) != row.weight_shape:
+    if (
+        not isinstance(layer, (nn.Conv2d, nn.Linear))
+        or type(layer).__name__ != row.type_name
+        or weight is None
+        or tuple(weight.shape) != row.weight_shape
+        or getattr(layer, "groups", 1) != row.groups
+    ):
         raise PlanError(f"layer {row.name!r} is not the one that the plan was made for")
-    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     return layer
 
 
@@ -130,11 +141,12 @@ def _balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
 def rounded(values: Tensor, dtype: StorageDtype) -> Tensor:
     """Round to what `dtype` can store, in the tensor's own dtype; finite values stay finite."""
     storage = TORCH_DTYPES[dtype]
-    limit = torch.finfo(storage).max
+    limit = min(torch.finfo(storage).max, torch.finfo(values.dtype).max)
     return values.clamp(-limit, limit).to(storage).to(values.dtype)
 
 
 def relative_error(exact: Tensor, approximate: Tensor) -> float:
     """||exact - approximate|| / ||exact|| over all elements; 0 where both are zero."""
-    difference = (exact - approximate).float().norm()
-    return float(difference / exact.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+    exact = exact.double()
+    difference = (exact - approximate.double()).norm()
+    return float(difference / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))

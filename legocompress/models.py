@@ -129,6 +129,7 @@ def build(source: Source) -> nn.Module:
         else:
             model = _torchvision(source.architecture, source.model_args)
     except (TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as error:
+        # NotImplementedError, a RuntimeError, is what building without memory may end in.
         raise UsageError(
             f"{source.library}/{source.architecture} cannot be built with arguments "
             f"{source.model_args}: {_first_line(error)}"
@@ -235,7 +236,7 @@ def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
     for candidate in ("timm", "torchvision"):
         known = _names(candidate)
         if library in ("", candidate) and short.partition(".")[0] in known:
-            return Source(candidate, short, _default_args(candidate, short)), None
+            return Source(candidate, short, default_args(candidate, short)), None
     known = _names(library) if library else sorted({*_names("timm"), *_names("torchvision")})
     raise ModelNameError(_unknown(short, known))
 
@@ -254,7 +255,7 @@ def _unknown(name: str, names: list[str]) -> str:
     )
 
 
-def _default_args(library: Library, name: str) -> dict[str, Any]:
+def default_args(library: Library, name: str) -> dict[str, Any]:
     """Arguments that an architecture needs to be rebuilt, or to be convertible at all."""
     if library == "timm" and name.startswith("convnext"):
         return {"conv_mlp": True}  # its Linears hold 95 % of the parameters; 1x1 convs are the same

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from timm.layers import CondConv2d
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from legocompress.conv import LegoModule
 from legocompress.errors import PlanError, SpecError
@@ -124,29 +125,36 @@ def plan(
         raise PlanError("the model holds Lego modules already; plan on the original network")
     reparameterize = has_training_form(model)
     if reparameterize:
-        model = reparameterize_model(copy.deepcopy(model).eval(), inplace=True)
+        model = deployed_copy(model)
     found = list(_layers(model))
-    if not any(isinstance(layer, nn.Conv2d) for _, layer in found) and not spec.linear:
+    wanted = (nn.Conv2d, nn.Linear) if spec.linear else (nn.Conv2d,)
+    if not any(isinstance(layer, wanted) for _, layer in found):
         raise PlanError(
             f"{type(model).__name__} has no Conv2d layer, so there is nothing to convert"
-            + (" (--linear takes Linear layers in)" if found else "")
+            + (" (--linear takes Linear layers in)" if found and not spec.linear else "")
         )
     check_patterns(spec, [name for name, _ in found])
     calls, input_shape, note = probe(model, example_input)
     order = {id(layer): calls[layer].order for _, layer in found if layer in calls}
-    found.sort(key=lambda pair: order.get(id(pair[1]), len(found)))
+    last = len(found)  # while a list is sorted it is empty
+    found.sort(key=lambda pair: order.get(id(pair[1]), last))
     kept = _exclusions(model, found, calls)
     owners = Counter(id(layer._parameters.get("weight")) for _, layer in found)
     tied = {weight for weight, count in owners.items() if count > 1}
-    rows = tuple(
-        _layer_plan(name, layer, spec, kept.get(name), calls, tied) for name, layer in found
-    )
+    rows = []
+    counted: set[int] = set()
+    for name, layer in found:
+        row = _layer_plan(name, layer, spec, kept.get(name), calls, tied)
+        weight = layer._parameters.get("weight")
+        if weight is not None and id(weight) in counted:  # a shared weight counts once
+            row = replace(row, dense_params=0, dense_bits=0)
+        counted.add(id(weight))
+        rows.append(row)
     _check_splits(spec, rows)
-    weights = set(owners)
-    others = [p for p in model.parameters() if id(p) not in weights]
+    others = [p for p in model.parameters() if id(p) not in counted and not is_lazy(p)]
     return Plan(
         spec=spec,
-        rows=rows,
+        rows=tuple(rows),
         other_params=sum(p.numel() for p in others),
         other_bits=sum(8 * p.numel() * p.element_size() for p in others),
         reparameterize=reparameterize,
@@ -158,14 +166,25 @@ def plan(
 def has_training_form(model: nn.Module) -> bool:
     """Whether blocks of timm's have a deployed form (RepVGG, MobileOne, FastViT, LeViT, ...).
 
-    Classes from elsewhere are left alone: a method called `fuse` may mean anything there.
+    Classes from elsewhere are left alone: a method called `fuse` may mean anything there. A block
+    that has its `reparam_conv` is deployed already, and FastViT's would fail if asked again.
     """
     methods = ("fuse", "reparameterize", "switch_to_deploy")
     return any(
         type(module).__module__.startswith("timm.")
+        and getattr(module, "reparam_conv", None) is None
         and any(callable(getattr(type(module), name, None)) for name in methods)
         for module in model.modules()
     )
+
+
+def deployed_copy(model: nn.Module) -> nn.Module:
+    """Copy a network and bring the copy into its deployed form."""
+    copied = copy.deepcopy(model).eval()
+    if any(parameter.is_meta for parameter in copied.parameters()):
+        copied = copied.to_empty(device="cpu")  # fusing computes with the values
+    with torch.random.fork_rng(devices=[]):  # fused layers draw initial weights
+        return reparameterize_model(copied, inplace=True)  # type: ignore[no-any-return]
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -237,8 +256,10 @@ def _layer_plan(
         groups=int(getattr(layer, "groups", 1)),
         reason=None,
         dense_params=size,
-        dense_bits=0 if weight is None else 8 * weight.element_size() * size,
-        dense_macs=None if seen is None else seen.pixels * _applied(layer, size),
+        dense_bits=8 * weight.element_size() * size if weight is not None and size else 0,
+        dense_macs=None
+        if seen is None
+        else seen.pixels * _applied(layer, size or _computed(layer)),
         pixels=None if seen is None else seen.pixels,
     )
     named = spec.names_exactly(name)
@@ -259,6 +280,12 @@ def _layer_plan(
     return row if reason is None else replace(row, reason=reason, shape=None, spec=None)
 
 
+def _computed(layer: nn.Module) -> int:
+    """Elements of a weight that is computed at every read, which costs MACs but no parameters."""
+    weight = getattr(layer, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0
+
+
 def _applied(layer: nn.Module, size: int) -> int:
     """Weight elements applied at one position; CondConv2d mixes its experts into one weight."""
     return size // layer.num_experts if isinstance(layer, CondConv2d) else size
@@ -267,10 +294,10 @@ def _applied(layer: nn.Module, size: int) -> int:
 def _unsupported(layer: nn.Module, tied: set[int]) -> str | None:
     """Why a layer cannot be converted whatever the user says, or None."""
     weight = layer._parameters.get("weight")
-    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-        return f"{type(layer).__name__} is not supported"
     if type(layer).__module__.startswith("torch.ao."):
         return "part of a quantised model"
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return f"{type(layer).__name__} is not supported"
     if isinstance(weight, UninitializedParameter):
         return "lazy layer without weights yet: run the model once"
     if weight is None:
@@ -321,7 +348,7 @@ def _no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
     return None
 
 
-def _check_splits(spec: LegoSpec, rows: tuple[LayerPlan, ...]) -> None:
+def _check_splits(spec: LegoSpec, rows: Sequence[LayerPlan]) -> None:
     """Raise SpecError if `o` divides the input channels of no layer that is to be converted."""
     wanted = [r for r in rows if r.shape is not None and r.spec is not None]
     if wanted and all(r.shape.channels % r.spec.o for r in wanted if r.shape and r.spec):

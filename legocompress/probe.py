@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from timm.layers import CondConv2d
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear, CondConv2d)
 
@@ -56,6 +58,8 @@ def probe(
         The calls by layer, the input's shape, and a note if no input was accepted: the calls are
         then empty, and order and costs are unknown.
     """
+    if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+        return {}, None, "lazy layers have no weights yet, so costs are unknown: run the model once"
     if example_input is not None:
         args = example_input if isinstance(example_input, tuple) else (example_input,)
         return (
@@ -66,10 +70,16 @@ def probe(
     image = default_input(model)
     if image is None:
         return {}, None, "the model has no parameters to take a device from; costs are unknown"
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     faults = []
-    for args in ((image,), (list(image),), (image, image)):
+    tried = [(image,), (list(image),), (image, image)]
+    if first is not None and first.in_channels != image.shape[1]:
+        # Many in_chans, which the configuration does not tell from a stem that folds space.
+        tried.append((image.new_zeros(1, first.in_channels, *image.shape[2:]),))
+    for args in tried:
         try:
-            return _run(model, args), tuple(image.shape), None
+            seen = args[0] if isinstance(args[0], Tensor) else image
+            return _run(model, args), tuple(seen.shape), None
         # A network may refuse an input in any way; that is an answer here, not a failure.
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
@@ -121,8 +131,10 @@ def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, Calls]:
         if isinstance(module, WEIGHT_LAYERS)
     ]
     try:
+        # Buffers that change in eval mode too (counters, observers) change in a copy.
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
         with evaluating(model):
-            model(*args)
+            functional_call(model, buffers, args)
     finally:
         for hook in hooks:
             hook.remove()

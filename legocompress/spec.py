@@ -104,6 +104,10 @@ class Rule(_Value):
                 "(keys m, o, k, coefficients, dtype), such as 'layer4.*:m=0.25,o=4,k=4'"
             )
         fields: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
+        if len(fields) < len(pairs) or "pattern" in fields:
+            raise SpecError(
+                f"rule {text!r} sets a key twice, or 'pattern', which stands before the colon"
+            )
         return cls(pattern=pattern, **fields)
 
 
@@ -137,8 +141,8 @@ class LegoSpec(_Value):
     @field_validator("rules", mode="before")
     @classmethod
     def _parse_rules(cls, rules: Any) -> Any:
-        if isinstance(rules, str):
-            raise SpecError(f"rules={rules!r}: give a list of rules, not one text")
+        if not isinstance(rules, (list, tuple)):
+            raise SpecError(f"rules={rules!r}: give a list of rules")
         return tuple(Rule.parse(rule) if isinstance(rule, str) else rule for rule in rules)
 
     @field_validator("only", "skip", mode="before")

@@ -51,8 +51,6 @@ def assemble(
     kh, kw = shape.kernel
     split = total.reshape(shape.n_split, shape.n_out, shape.width, kh, kw)
     filters = split.transpose(0, 1).reshape(shape.n_out, shape.n_split * shape.width, kh, kw)
-    if shape.n_split * shape.width == shape.channels:
-        return filters
     return filters[:, : shape.channels].contiguous()
 
 
