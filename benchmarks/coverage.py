@@ -100,7 +100,7 @@ def inputs(model: nn.Module, seed: int = 1) -> tuple[Any, ...]:
     shapes = [(channels, size, size) for size in sizes] + ([tuple(named)] if named else [])
     faults = []
     for shape in dict.fromkeys(shapes):
-        x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(seed))
+        x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed))
         for args in ((x,), (list(x),), (x, x.flip(-1))):
             try:
                 with evaluating(model):
@@ -164,14 +164,14 @@ def check_real(name: str) -> list[str]:
     planned = lego.plan(model, EXACT, args)
     if planned.reparameterize:
         model = timm.utils.reparameterize_model(model)
+        planned = lego.plan(model, EXACT, args)
     original = copy.deepcopy(model)
     expected = run(original, args)
-    if not same(expected, run(original, args)):
-        return ["the original itself is not deterministic"]
     lego.convert_(model, planned)
     faults = []
     if not same(expected, run(model, args)):
-        faults.append("converted: outputs differ")
+        steady = same(expected, run(original, args))
+        faults.append("converted: outputs differ" if steady else "the original is not steady")
     if not same(expected, run(lego.to_dense(model), args)):
         faults.append("to_dense: outputs differ")
     with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("docs/coverage.md"))
-    parser.add_argument("--max-params", type=float, default=60e6)
+    parser.add_argument("--max-params", type=float, default=30e6)
     parser.add_argument("--filter", default="", help="only names that contain this")
     args = parser.parse_args()
     _quiet()

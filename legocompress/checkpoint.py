@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record, rounded
 from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
-from legocompress.files import writing
+from legocompress.files import write_tensors, writing
 from legocompress.models import Source, build, create, source_of
 from legocompress.probe import model_cfg
 from legocompress.spec import LegoSpec, StorageDtype, UnitShape
@@ -143,9 +143,8 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
     if not layers:
         raise CheckpointError("the model holds no Lego module; convert it before saving")
-    source = source_of(model)
+    source = _rebuildable(model, source_of(model))
     record = getattr(model, "lego_record", None)
-    _check_rebuilds(model, source)
     block = CompressionConfig(
         format_version=FORMAT_VERSION,
         legocompress_version=VERSION,
@@ -173,7 +172,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         raise CheckpointError(f"the model's configuration is not plain JSON: {error}") from error
     target = Path(path)
     with writing(target, force, folder=True) as folder:
-        save_file(encode(model), folder / TENSORS, metadata={"format": "pt"})
+        write_tensors(encode(model), folder / TENSORS)
         (folder / CONFIG).write_text(text)
     return target
 
@@ -213,23 +212,29 @@ def skeleton_of(source: Source) -> nn.Module:
         return _fresh(source)
 
 
-def _check_rebuilds(model: nn.Module, source: Source) -> None:
-    """Raise CheckpointError if the source, built anew, is not the network that is being saved."""
+def _rebuildable(model: nn.Module, source: Source) -> Source:
+    """The source that rebuilds this network, in training or deployed form.
+
+    Raises:
+        CheckpointError: what the source builds is not the network that is being saved.
+    """
     if source.library is None:
-        return
+        return source
+    ours = _dense_shapes(model)
     try:
-        skeleton = skeleton_of(source)
+        for deployed in (source.reparameterized, not source.reparameterized):
+            candidate = replace(source, reparameterized=deployed)
+            fresh = {k: tuple(v.shape) for k, v in _own_tensors(skeleton_of(candidate)).items()}
+            if fresh == ours:
+                return candidate
     except LegoError as error:
         raise CheckpointError(f"the architecture cannot be rebuilt: {error}") from error
-    fresh = {k: tuple(v.shape) for k, v in _own_tensors(skeleton).items()}
-    ours = _dense_shapes(model)
-    if fresh != ours:
-        odd = sorted(set(fresh.items()) ^ set(ours.items()))[0]
-        raise CheckpointError(
-            f"{source.library}/{source.architecture} built with {source.model_args} is not this "
-            f"network (first difference at {odd[0]!r}); create it with legocompress.create(...), "
-            "or set model.lego_source to a Source(None, None) and pass the dense network to load()"
-        )
+    raise CheckpointError(
+        f"{source.library}/{source.architecture} built with {source.model_args} is not this one "
+        f"(first difference at {min(set(fresh.items()) ^ set(ours.items()))[0]!r}); create it with "
+        "legocompress.create(...), or set model.lego_source to Source(None, None) and pass the "
+        "dense network to load()"
+    )
 
 
 def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

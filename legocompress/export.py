@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from legocompress.conv import to_dense_
-from legocompress.files import writing
+from legocompress.files import write_tensors, writing
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -38,5 +37,5 @@ def export_dense(model: nn.Module, path: str | Path, force: bool = False) -> Pat
     # Aliases of one tensor become copies: strict loading asks for every name.
     state = {name: t.detach().cpu().clone().contiguous() for name, t in dense_state(model).items()}
     with writing(target, force) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
+        write_tensors(state, temporary)
     return target

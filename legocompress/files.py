@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from legocompress.errors import OutputError, OutputExistsError
 
@@ -59,6 +61,14 @@ def _replace(path: Path, target: Path, scratch: Path) -> None:
         # A folder cannot be renamed onto another; the old one leaves in the same breath.
         os.rename(target, scratch / "replaced")
     os.replace(path, target)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read, as far as the umask lets them."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library leaves it to the owner alone
 
 
 def _explained(target: Path, error: BaseException) -> OutputError:

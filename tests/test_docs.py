@@ -1,0 +1,93 @@
+"""Every code block of README and docs runs, and every command and option is documented."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from legocompress_cli.main import cli
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A user's folder: photos, a weights file, and a hub cache as a download leaves it."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        pixels = generator.integers(0, 256, (80, 100, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    squeezenet = torchvision.models.squeezenet1_1(num_classes=10)
+    torch.save(squeezenet.state_dict(), tmp_path / "squeezenet.pth")
+    return tmp_path
+
+
+def fill_hub_cache(home: Path, name: str) -> None:
+    """Put random weights where a download of `name` would have put the trained ones."""
+    repo = timm.get_pretrained_cfg(name).hf_hub_id
+    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123")
+    (folder / "snapshots" / "0123").mkdir(parents=True)
+    torch.manual_seed(0)
+    save_file(timm.create_model(name).state_dict(), folder / "snapshots/0123/model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_code_blocks_run(page: Path, place: Path) -> None:
+    if "resnet50" in "".join(code for _, code in blocks(page)):
+        fill_hub_cache(place / "hf", "resnet50")
+    environment = {
+        **os.environ,
+        "HF_HOME": str(place / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    shell = "\n".join(code for language, code in blocks(page) if language == "bash")
+    python = "\n".join(code for language, code in blocks(page) if language == "python")
+    for command in (["bash", "-euo", "pipefail", "-c", shell], [sys.executable, "-c", python]):
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_command_and_option_is_documented() -> None:
+    text = (ROOT / "docs" / "commands.md").read_text()
+    missing = []
+    for name, command in cli.commands.items():
+        if f"## `{name}" not in text:
+            missing.append(name)
+        for option in command.params:
+            if isinstance(option, click.Option) and not any(o in text for o in option.opts):
+                missing.append(f"{name} {option.opts}")
+    assert not missing
+
+
+def test_the_readme_has_exactly_two_set_up_commands() -> None:
+    commands = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == ["demo", "test"]
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
