@@ -87,7 +87,7 @@ def tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def inputs(model: nn.Module, seed: int = 1) -> tuple[Any, ...]:
+def inputs(model: nn.Module, device: str, seed: int = 1) -> tuple[Any, ...]:
     """The smallest input that the network accepts, in its own kind: batch, list of images, or pair.
 
     Raises:
@@ -100,7 +100,7 @@ def inputs(model: nn.Module, seed: int = 1) -> tuple[Any, ...]:
     shapes = [(channels, size, size) for size in sizes] + ([tuple(named)] if named else [])
     faults = []
     for shape in dict.fromkeys(shapes):
-        x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed))
+        x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed)).to(device)
         for args in ((x,), (list(x),), (x, x.flip(-1))):
             try:
                 with evaluating(model):
@@ -154,13 +154,14 @@ def check_gradients(model: nn.Module, args: tuple[Any, ...]) -> str | None:
     return None if reached or not took_part else "no Lego filter has a gradient"
 
 
-def check_real(name: str) -> list[str]:
+def check_real(name: str, device: str) -> list[str]:
     """Convert one architecture exactly, for real; returns what went wrong."""
     torch.manual_seed(0)
     model = build(source(name)).eval()
     randomise_(model)
     model.lego_source = source(name)  # type: ignore[assignment]
-    args = inputs(model)
+    model.to(device)
+    args = inputs(model, device)
     planned = lego.plan(model, EXACT, args)
     if planned.reparameterize:
         model = timm.utils.reparameterize_model(model)
@@ -176,13 +177,13 @@ def check_real(name: str) -> list[str]:
         faults.append("to_dense: outputs differ")
     with tempfile.TemporaryDirectory() as folder:
         lego.save(model, Path(folder) / "lego")
-        if not same(expected, run(lego.load(Path(folder) / "lego"), args)):
+        if not same(expected, run(lego.load(Path(folder) / "lego").to(device), args)):
             faults.append("reloaded: outputs differ")
     fault = check_gradients(model, args)
     return [*faults, f"backward: {fault}"] if fault else faults
 
 
-def check(name: str, max_params: int) -> dict[str, Any]:
+def check(name: str, max_params: int, device: str = "cpu") -> dict[str, Any]:
     """Plan one architecture without memory, and check it for real where it is small enough."""
     start = time.perf_counter()
     result: dict[str, Any] = {"name": name, "status": "planned", "faults": [], "skipped": {}}
@@ -197,7 +198,7 @@ def check(name: str, max_params: int) -> dict[str, Any]:
         if not planned.layers:
             return {**result, "status": "nothing to convert"}
         if result["params"] <= max_params:
-            result |= {"status": "checked", "faults": check_real(name)}
+            result |= {"status": "checked", "faults": check_real(name, device)}
     # Whatever a model does to us is a finding to write down, not an end of the run.
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
@@ -209,11 +210,14 @@ def check(name: str, max_params: int) -> dict[str, Any]:
 
 def _quiet() -> None:
     torch.set_num_threads(1)
+    # Bit equality asks for the same algorithm at every call.
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
 
 
-def _job(task: tuple[str, int]) -> dict[str, Any]:
+def _job(task: tuple[str, int, str]) -> dict[str, Any]:
     return check(*task)
 
 
@@ -266,6 +270,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--table", type=Path, default=Path("docs/coverage.md"))
     parser.add_argument("--max-params", type=float, default=30e6)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--filter", default="", help="only names that contain this")
     args = parser.parse_args()
     _quiet()
@@ -275,7 +280,7 @@ def main() -> None:
     known = {r["name"] for r in results}
     todo = [n for n in names() if args.filter in n and n not in known]
     with args.results.open("a") as log, _workers(args.jobs) as imap:
-        tasks = [(name, int(args.max_params)) for name in todo]
+        tasks = [(name, int(args.max_params), args.device) for name in todo]
         for done, result in enumerate(imap(_job, tasks), 1):
             results.append(result)
             log.write(json.dumps(result) + "\n")

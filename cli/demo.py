@@ -20,7 +20,6 @@ from . import render
 
 SETTINGS = [
     lego.LegoSpec(m=0.5, o=2, k=1),
-    lego.LegoSpec(m=0.5, o=2, k=4),
     lego.LegoSpec(m=0.5, o=2, k=8),
     lego.LegoSpec(m=0.25, o=4, k=4),
 ]

@@ -74,6 +74,7 @@ def evaluate(
             network,
             images.batches(batch_size, workers),
             None if teacher is None else teacher.to(place),
+            images.n_classes,
             lambda done: bar.advance(task, done),
         )
     if as_json:

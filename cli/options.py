@@ -57,10 +57,8 @@ model_options: Callable[[CommandT], CommandT] = _stack(
             help="Further argument of the architecture; the value is read as YAML.",
         ),
         click.option("--img-size", type=click.IntRange(1), help="Height and width of the input."),
-        click.option(
-            "--mean", type=float, multiple=True, help="Mean of a channel; once a channel."
-        ),
-        click.option("--std", type=float, multiple=True, help="Deviation; once a channel."),
+        click.option("--mean", type=float, multiple=True, help="Mean; once, or once a channel."),
+        click.option("--std", type=float, multiple=True, help="Standard deviation; likewise."),
         click.option("--interpolation", help="Resizing: bilinear, bicubic, nearest, ..."),
         click.option("--crop-pct", type=click.FloatRange(0, min_open=True), help="Centre crop."),
     ]
@@ -127,8 +125,8 @@ def read_create_args(values: dict[str, Any]) -> dict[str, Any]:
     channels = values.get("in_chans") or 3
     preprocess = {
         "input_size": None if size is None else (channels, size, size),
-        "mean": mean or None,
-        "std": std or None,
+        "mean": (mean * channels if len(mean) == 1 else mean) or None,
+        "std": (std * channels if len(std) == 1 else std) or None,
         "interpolation": values.pop("interpolation"),
         "crop_pct": values.pop("crop_pct"),
     }
@@ -136,7 +134,7 @@ def read_create_args(values: dict[str, Any]) -> dict[str, Any]:
         given = preprocess[name]
         if given is not None and len(given) != channels:
             raise UsageError(
-                f"--{name} is given {len(given)} times; give it once a channel, {channels}"
+                f"--{name} is given {len(given)} times; give it once, or {channels} times"
             )
     return {
         "weights": values.pop("weights"),

@@ -20,11 +20,11 @@ BLOCK = 4096  # fragments merged together: bounds time and the Gram matrix (64 M
 CHUNK = 1 << 18  # elements of a temporary that should stay in the cache
 WIDE_CHUNK = 1 << 23  # elements of a temporary in products over all fragments
 MERGE_ROUNDS = 64
-EXCHANGE_ROUNDS = 64
+EXCHANGE_ROUNDS = 48
 LLOYD_ROUNDS = 10
 LEARN_ROUNDS = 20
 PLAIN_SWEEPS = 2
-IMPROVEMENT = 5e-5  # stop where a round lowers the squared error by less than this share
+IMPROVEMENT = 2e-4  # stop where a round lowers the squared error by less than this share
 LEARN_IMPROVEMENT = 1e-3
 TINY = 1e-30
 
@@ -187,7 +187,7 @@ def _merge(gram: Tensor, n_clusters: int, signed: bool) -> tuple[Tensor, Tensor]
 
 
 class _Exchanger:
-    """Hartigan's method in rounds: fragments move where the error falls, at most one a cluster.
+    """Hartigan's method in rounds: fragments move where the error falls.
 
     `join[c, r]` is how much more energy cluster c would explain with fragment r, its own change
     included; `stay[r]` is how much less r's own cluster would explain without it. In the signed
@@ -229,7 +229,7 @@ class _Exchanger:
     ) -> tuple[Tensor, Tensor, Tensor]:
         inner = _segment_sum(self.gram, mine, begin, self.weight[mine])
         own = inner[row, mine]
-        square = _row_sum(own, begin) / count.square()
+        square = _row_sum(own, begin) / count.square().clamp(min=1)
         explained, share = square * count, 1 / (count + 1)
         own = self.energy[mine] - 2 * own / count[row] + square[row]
         inner.mul_(2 * share[:, None]).addcmul_(self.energy, share[:, None])
@@ -277,17 +277,21 @@ class _Exchanger:
             total += torch.where(step < count, self.gram[ids, other].square(), 0.0)
         return total
 
-    def move(self) -> Tensor:
-        """Move the best fragment of every cluster that can gain; return the clusters touched."""
+    def move(self, freely: bool) -> Tensor:
+        """Move fragments where that gains; return the clusters touched.
+
+        Moves that share a cluster disturb each other: unless `freely`, only the best of them runs.
+        """
         stay = self.stay()
         gain = self.join.amax(0) - stay
         mover = (gain > 1e-6 * self.energy.mean()).nonzero()[:, 0]
         source, gain = self.label[mover], gain[mover]
         target = self.join.index_select(1, mover).argmax(0)
-        best = gain.new_zeros(len(self.join))
-        best.scatter_reduce_(0, source, gain, "amax").scatter_reduce_(0, target, gain, "amax")
-        wins = (gain >= best[source]) & (gain >= best[target])
-        mover, source, target = mover[wins], source[wins], target[wins]
+        if not freely:
+            best = gain.new_zeros(len(self.join))
+            best.scatter_reduce_(0, source, gain, "amax").scatter_reduce_(0, target, gain, "amax")
+            wins = (gain >= best[source]) & (gain >= best[target])
+            mover, source, target = mover[wins], source[wins], target[wins]
         if self.signed:
             self._turn(mover, target)
         self.label[mover] = target
@@ -301,9 +305,9 @@ class _Exchanger:
         inner = (among.mul_(self.gram[mover]) @ self.weight) / value.sqrt()
         angle = torch.atan2(2 * inner, value - self.energy[mover]) / 2
         share = torch.ones_like(self.explained)
-        share[target] = angle.cos() / value.sqrt()
+        share[target] = 1 / value.sqrt()
         self.weight *= share[self.label]
-        self.weight[mover] = angle.sin()
+        self.weight[mover] = angle.sin() / angle.cos().clamp(min=1e-3)
 
 
 def _row_sum(values: Tensor, begin: Tensor) -> Tensor:
@@ -315,20 +319,25 @@ def _row_sum(values: Tensor, begin: Tensor) -> Tensor:
 def _exchange(
     gram: Tensor, label: Tensor, weight: Tensor, n_lego: int, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return better clusters (N,) of the fragments, none of them empty, and weights (N,)."""
+    """Return better clusters (N,) of the fragments and their weights (N,).
+
+    A cluster that lost all its fragments explains nothing, so the worst served are drawn to it.
+    """
     state = _Exchanger(gram, label, weight, n_lego, signed)
     energy = float(state.energy.double().sum())
     touched = torch.arange(n_lego, device=gram.device)
-    best, explained = (state.label, state.weight), -torch.inf
-    for turn in range(min(EXCHANGE_ROUNDS, 16 + 2 * len(gram) // n_lego)):
+    freely, explained = True, -torch.inf
+    best = state.label, state.weight
+    for turn in range(EXCHANGE_ROUNDS):
         state.refresh(touched, power_steps=2 if turn else 4)
         total = float(state.explained.double().sum())
+        done = total - explained < IMPROVEMENT * (energy - total)
         if total > explained:
-            best = state.label.clone(), state.weight.clone()
-        if total - explained < IMPROVEMENT * (energy - total):
+            explained, best = total, (state.label.clone(), state.weight.clone())
+        if done and not freely:
             break
-        explained = total
-        touched = state.move()
+        freely = freely and not done
+        touched = state.move(freely)
         if len(touched) == 0:
             break
     return best

@@ -23,13 +23,15 @@ UNLABELLED = -1
 class Images:
     """A data set of (image tensor, label) and what its labels mean.
 
-    `labelled` is False where the labels are all `UNLABELLED`.
+    `labelled` is False where the labels are all `UNLABELLED`. `n_classes` is the number of class
+    folders where their order alone gives the labels, else None.
     """
 
     dataset: Dataset[tuple[Tensor, int]]
     size: int
     labelled: bool
     name: str
+    n_classes: int | None = None
 
     def batches(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
         """Batches in the order of the data set: images (N, c, H, W) and labels (N,)."""
@@ -126,7 +128,8 @@ def _folder(
     labelled = labels and (order is not None or len(classes) > 1)
     if not labelled:
         items = [(file, UNLABELLED) for file, _ in items]
-    return Images(_Files(items, transform, mode), len(items), labelled, str(path))
+    n_classes = len(classes) if labelled and order is None else None
+    return Images(_Files(items, transform, mode), len(items), labelled, str(path), n_classes)
 
 
 def _outside(order: dict[str, int] | None, class_map: str | None) -> str:

@@ -357,6 +357,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     original: nn.Module | None = None,
+    n_classes: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure accuracy on labelled images and agreement with the original network.
@@ -365,6 +366,7 @@ def evaluate(
         model: a network from (N, c, H, W) to (N, classes).
         batches: pairs of images and labels (N,), labels `UNLABELLED` where there are none.
         original: the network before compression.
+        n_classes: how many outputs the labels count on, where that is known (`Images.n_classes`).
         on_batch: called with the number of images after each batch.
 
     Raises:
@@ -378,6 +380,12 @@ def evaluate(
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             y = _outputs(model, images, labels)
+            if n_classes is not None and n_classes != y.shape[1]:
+                raise DataError(
+                    f"the data has {n_classes} class folders and the network {y.shape[1]} outputs, "
+                    "so the folders' order cannot be the outputs'; give --class-map FILE, or "
+                    "measure agreement alone with --no-labels"
+                )
             sums["images"] += len(images)
             known = labels != UNLABELLED
             sums["labelled"] += int(known.sum())
