@@ -34,7 +34,13 @@ from .options import (
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-lego]"
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of clustering and weights.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-(2**63), 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of clustering and weights.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @device_option
 @force_option

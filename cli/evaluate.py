@@ -38,8 +38,12 @@ from .options import (
     type=click.Path(path_type=Path),
     help="Weights of the original, when it is the architecture that the folder names.",
 )
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=64)
-@click.option("-j", "--workers", type=click.IntRange(0), default=0)
+@click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=64, help="Images that run at once."
+)
+@click.option(
+    "-j", "--workers", type=click.IntRange(0), default=0, help="Processes that read images."
+)
 @model_options
 @device_option
 @json_option

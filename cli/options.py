@@ -166,7 +166,7 @@ def read_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
             f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}"

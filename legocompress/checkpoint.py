@@ -107,7 +107,8 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
             stored[name] = rounded(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
         else:
             stored[name] = tensor.detach()
-    return {name: tensor.cpu().contiguous() for name, tensor in stored.items()}
+    # Copies, since views of one tensor may not share memory in the file.
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -265,14 +266,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     source = Source(
         block.library,
         config.get("architecture"),
-        config.get("model_args") or {},
+        {} if config.get("model_args") is None else config["model_args"],
         block.weights,
         block.reparameterized,
     )
     try:
         with safe_open(folder / TENSORS, framework="pt") as file:
             if model is None:
-                model = _rebuild(folder, source, file)
+                model = _rebuild(folder, source, block, file)
             _become_(model, block, file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(folder / TENSORS)!r} is damaged: {error}") from error
@@ -280,7 +281,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     noted.lego_source = source
     if block.spec is not None:
         noted.lego_record = Record(_spec(folder, block.spec), block.seed or 0, dict(block.skipped))
-    if isinstance(config.get("pretrained_cfg"), dict):
+    if config.get("pretrained_cfg") is not None:
         noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()
 
@@ -305,6 +306,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
         raise CheckpointError(f"{str(path)!r} is no JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("compression_config"), dict):
         raise CheckpointError(f"{str(path)!r} has no compression_config: not a compressed network")
+    if not isinstance(config.get("pretrained_cfg", {}), (dict, type(None))):
+        raise CheckpointError(f"{str(path)!r}: pretrained_cfg is no mapping")
     written = config["compression_config"].get("format_version")
     if written != FORMAT_VERSION:
         raise CheckpointError(
@@ -333,7 +336,7 @@ def _tuples(cfg: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
 
 
-def _rebuild(folder: Path, source: Source, file: Any) -> nn.Module:
+def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) -> nn.Module:
     """Build the dense architecture, checked without memory first."""
     if source.library is None or not isinstance(source.architecture, str):
         raise CheckpointError(
@@ -345,9 +348,9 @@ def _rebuild(folder: Path, source: Source, file: Any) -> nn.Module:
     try:
         skeleton = skeleton_of(source)
         for name, tensor in _own_tensors(skeleton).items():
-            leaf = name.rpartition(".")[2]
-            if leaf != "weight" and name not in file.keys():  # noqa: SIM118 (no mapping)
-                raise CheckpointError(f"{str(folder / TENSORS)!r} has no tensor {name!r}")
+            owner, _, leaf = name.rpartition(".")
+            if leaf != "weight" or owner not in block.layers:
+                _check_shape(file, name, tuple(tensor.shape))
             if not tensor.numel() < 2**40:
                 raise CheckpointError(f"{source.architecture} would need {tensor.numel()} numbers")
         return _fresh(source)
@@ -381,7 +384,9 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
                 raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, config: {expected}")
             memory = MEMORY_DTYPES[block.layers[owner].memory_dtype]
             tensor.data = stored_as.to(memory)
-        elif stored_as.is_floating_point() != tensor.is_floating_point():
+        elif stored_as.dtype != tensor.dtype and not (
+            tensor.is_floating_point() and stored_as.dtype in MEMORY_DTYPES.values()
+        ):
             raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, expected {tensor.dtype}")
         else:
             tensor.data = stored_as
@@ -420,10 +425,16 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
     ).weight_error = layer.weight_error
 
 
-def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+def _check_shape(file: Any, name: str, shape: tuple[int, ...]) -> None:
+    if name not in file.keys():  # noqa: SIM118 (no mapping)
+        raise CheckpointError(f"tensor {name!r} is missing in the file")
     found = tuple(file.get_slice(name).get_shape())
     if found != shape:
         raise CheckpointError(f"tensor {name!r} has shape {found} in the file, expected {shape}")
+
+
+def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    _check_shape(file, name, shape)
     tensor: Tensor = file.get_tensor(name)
     # A copy is aligned in memory; unaligned, as in the file, convs round differently.
     return tensor.clone()
@@ -454,8 +465,14 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
     folder = Path(name)
     if not (folder / CONFIG).is_file():
         return create(name, **create_args)
+    given = [k for k, v in create_args.items() if k != "seed" and v not in (None, {}, True)]
     if (folder / CONFIG).stat().st_size <= MAX_CONFIG_BYTES and "compression_config" not in (
         folder / CONFIG
     ).read_text(encoding="utf-8", errors="replace"):
         return create(f"local-dir:{name}", **create_args)
+    if given:
+        raise UsageError(
+            f"{name!r} is a compressed folder, which takes no {', '.join(given)}: it says itself "
+            "what network it holds"
+        )
     return load(folder)

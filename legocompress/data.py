@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from legocompress.errors import DataError
 
 UNLABELLED = -1
+SCHEMES = ("torch", "hfds", "hfids", "tfds", "wds")  # the kinds of named data sets that timm knows
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,18 @@ class Images:
     def batches(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
         """Batches in the order of the data set: images (N, c, H, W) and labels (N,)."""
         dataset: Dataset[Any] = self.dataset
-        return DataLoader(dataset, batch_size, shuffle=False, num_workers=workers)
+        return _Loader(dataset, batch_size, shuffle=False, num_workers=workers)
+
+
+class _Loader(DataLoader[Any]):
+    """A loader whose workers' errors are told as their own sentence, not with a traceback."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise DataError(last.rpartition("DataError: ")[2]) from None
 
 
 def open_images(
@@ -63,18 +75,13 @@ def open_images(
         DataError: nothing is there, an image cannot be read, or the labels cannot be those of the
             model.
     """
-    cfg = resolve_data_config({}, model=model)
-    channels = cfg["input_size"][0]
-    if channels not in (1, 3):
-        raise DataError(f"the model takes {channels} channels; images have 1 (grey) or 3 (RGB)")
-    transform = create_transform(**cfg, is_training=False)
-    mode = "L" if channels == 1 else "RGB"
+    transform, mode = _preprocessing(model)
     path = Path(where)
     if path.suffix == ".npz" and path.is_file():
         images = _arrays(path, transform, mode, labels)
     elif path.is_dir():
         images = _folder(path, transform, mode, class_map, labels)
-    elif "/" in where and not path.exists() and not where.startswith((".", "/")):
+    elif where.partition("/")[0] in SCHEMES and not path.exists():
         images = _named(where, data_dir, split, transform, mode, labels)
     else:
         raise DataError(
@@ -82,6 +89,23 @@ def open_images(
             "dataset name such as torch/cifar10 with --data-dir"
         )
     return images
+
+
+def _preprocessing(model: nn.Module) -> tuple[Callable[..., Tensor], str]:
+    """The model's transform, tried on a blank image, and the mode of the images it takes."""
+    cfg = resolve_data_config({}, model=model)
+    try:
+        channels = cfg["input_size"][0]
+        if channels not in (1, 3):
+            raise DataError(f"the model takes {channels} channels; images have 1 (grey) or 3 (RGB)")
+        mode = "L" if channels == 1 else "RGB"
+        transform = create_transform(**cfg, is_training=False)
+        transform(Image.new(mode, (8, 8)))
+    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
+        raise DataError(
+            f"the model's preprocessing {cfg} cannot be applied: {type(error).__name__} {error}"
+        ) from error
+    return transform, mode
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
@@ -98,7 +122,8 @@ class _Files(Dataset[tuple[Tensor, int]]):
         try:
             with Image.open(path) as image:
                 return self.transform(image.convert(self.mode)), label
-        except (OSError, UnidentifiedImageError) as error:
+        # Pillow's readers raise many kinds of error on damaged files.
+        except Exception as error:
             raise DataError(
                 f"image {path!r} cannot be read ({error}); remove or repair it"
             ) from None
@@ -146,19 +171,22 @@ def _class_order(path: Path) -> dict[str, int]:
 
 def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: bool) -> Images:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             pixels = file["images"]
             targets = file["labels"] if labels and "labels" in file else None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    # Damaged archives end in errors of zipfile, zlib and tokenize, and more.
+    except Exception as error:
         raise DataError(f"{str(path)!r} is no .npz file with 'images': {error}") from error
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or not len(pixels):
+    colours = pixels.shape[3:] or (3,)
+    if pixels.dtype != np.uint8 or pixels.ndim < 3 or colours != (3,) or not pixels.size:
         raise DataError(
             f"'images' of {str(path)!r} are {pixels.dtype} {pixels.shape}; expected uint8 "
             "(N, H, W) or (N, H, W, 3)"
         )
-    if targets is not None and targets.shape != (len(pixels),):
+    if targets is not None and (targets.shape != (len(pixels),) or targets.dtype.kind not in "iu"):
         raise DataError(
-            f"'labels' of {str(path)!r} have shape {targets.shape}, one an image expected"
+            f"'labels' of {str(path)!r} are {targets.dtype} {targets.shape}; one integer an image "
+            "expected"
         )
     labelled = targets is not None
     targets = np.full(len(pixels), UNLABELLED) if targets is None else targets
@@ -177,8 +205,10 @@ def _named(
         dataset = create_dataset(name, root=data_dir, split=split, input_img_mode=mode)
         dataset.transform = transform
         size = len(dataset)
-    except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
+    # Each library behind these names has errors of its own.
+    except Exception as error:
         raise DataError(
-            f"data set {name!r} (split {split!r}, --data-dir {data_dir}) cannot be opened: {error}"
+            f"data set {name!r} (split {split!r}, --data-dir {data_dir}) cannot be opened: "
+            + " ".join(str(error).split())[:500]
         ) from error
     return Images(dataset, size, labels, name)

@@ -57,10 +57,15 @@ def writing(target: Path, force: bool = False, folder: bool = False) -> Iterator
 
 
 def _replace(path: Path, target: Path, scratch: Path) -> None:
-    if path.is_dir() and target.exists():
-        # A folder cannot be renamed onto another; the old one leaves in the same breath.
-        os.rename(target, scratch / "replaced")
-    os.replace(path, target)
+    old = scratch / "replaced"
+    try:
+        if path.is_dir() and target.exists():
+            # A folder cannot be renamed onto another; the old one leaves in the same breath.
+            os.rename(target, old)
+        os.replace(path, target)
+    finally:
+        if old.exists() and not target.exists():  # interrupted between the two
+            os.rename(old, target)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -283,20 +283,30 @@ def _forms_latency(
             module.route = route if route in module.routes() else "assemble"
         model(image)
 
-    routes = {name: module.route for name, module in lego_modules(model)}
-    with evaluating(model):
+    before = [(module, module.route, module.frozen_weight) for _, module in lego_modules(model)]
+    try:
+        return _timed(model, baseline, image, repeats, run)
+    finally:
+        for module, before_route, frozen in before:
+            module.route, module.frozen_weight = before_route, frozen
+
+
+def _timed(
+    model: nn.Module,
+    baseline: nn.Module | None,
+    image: Tensor,
+    repeats: int,
+    run: Callable[[Route], None],
+) -> list[Latency]:
+    with evaluating(model), evaluating(model if baseline is None else baseline):
         freeze_(model)
         forms: dict[str, Callable[[], object]] = {
             "assembled": lambda: run("assemble"),
             "reference": lambda: run("reference"),
         }
         if baseline is not None:
-            dense = baseline.eval()
-            forms = {"dense": lambda: dense(image), **forms}
-        times = latency(forms, image, repeats)
-    for name, module in lego_modules(model):
-        module.route, module.frozen_weight = routes[name], None
-    return times
+            forms = {"dense": lambda: baseline(image), **forms}
+        return latency(forms, image, repeats)
 
 
 def latency(
@@ -393,6 +403,11 @@ def evaluate(
             if original is not None:
                 with evaluating(original):
                     target = _outputs(original, images, labels)
+                if target.shape != y.shape:
+                    raise DataError(
+                        f"the network has {y.shape[1]} outputs and the original {target.shape[1]}; "
+                        "name the network that it was made of"
+                    )
                 _add_accuracy(sums, ("o1", "o5"), target[known], labels[known])
                 sums["same"] += int((y.argmax(1) == target.argmax(1)).sum())
                 error += float((y - target).square().sum())
@@ -424,15 +439,22 @@ def _add_accuracy(sums: dict[str, float], keys: tuple[str, str], y: Tensor, labe
 
 
 def _outputs(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    y = model(images)
+    try:
+        y = model(images)
+    except RuntimeError as error:
+        raise DataError(
+            f"the network refuses images of shape {tuple(images.shape)}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(y, Tensor) or y.dim() != 2:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise DataError(
             f"the network's output is {found}; accuracy and agreement need (N, classes)"
         )
-    if int(labels.max()) >= y.shape[1]:
+    wrong = labels[(labels != UNLABELLED) & ((labels < 0) | (labels >= y.shape[1]))]
+    if len(wrong):
         raise DataError(
-            f"label {int(labels.max())} is beyond the network's {y.shape[1]} outputs; check the "
+            f"label {int(wrong[0])} is beyond the network's {y.shape[1]} outputs; check the "
             "data set, or name the classes' order with --class-map"
         )
     return y.float()

@@ -16,8 +16,9 @@ import torchvision
 from timm.models import load_model_config_from_hf, load_state_dict
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
-from legocompress.errors import ModelNameError, UsageError, WeightsError
+from legocompress.errors import LegoError, ModelNameError, UsageError, WeightsError
 from legocompress.probe import model_cfg
 
 Library = Literal["timm", "torchvision"]
@@ -39,6 +40,9 @@ FACTORY_ARGS = frozenset(
         "dtype",
     ]
 )
+PREPROCESSING = (
+    "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "fixed_input_size",
+)  # fmt: skip
 # Heads that googlenet and inception_v3 have in training alone.
 AUXILIARY = frozenset(["aux1", "aux2", "AuxLogits"])
 
@@ -92,6 +96,8 @@ def create(
     given = {key: value for key, value in args.items() if value is not None}
     source = replace(source, model_args={**source.model_args, **given})
     fetch = pretrained and weights is None
+    _check_args(source)
+    changes = _checked_preprocess(preprocess or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _download(name, source, cfg) if fetch else build(source)
@@ -99,9 +105,43 @@ def create(
         load_weights_(model, Path(weights))
     origin = f"file {Path(weights).name}" if weights else name if fetch else f"random, seed {seed}"
     noted: Any = model
-    noted.pretrained_cfg = {**(cfg or model_cfg(model)), **(preprocess or {})}
+    noted.pretrained_cfg = {**_of_channels(cfg or model_cfg(model), in_chans), **changes}
     noted.lego_source = replace(source, weights=origin)
     return model.eval()
+
+
+def _of_channels(cfg: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """A configuration for images of so many channels; the mean of a grey one is the average."""
+    size = cfg.get("input_size")
+    if channels is None or not size or size[0] == channels:
+        return cfg
+    averages = {
+        key: (sum(cfg[key]) / len(cfg[key]),) * channels for key in ("mean", "std") if cfg.get(key)
+    }
+    return {**cfg, **averages, "input_size": (channels, *size[1:])}
+
+
+def _checked_preprocess(changes: dict[str, Any]) -> dict[str, Any]:
+    unknown = changes.keys() - {*PREPROCESSING, "test_input_size", "test_crop_pct"}
+    if unknown:
+        raise UsageError(
+            f"unknown preprocessing {', '.join(sorted(unknown))}; "
+            f"allowed are {', '.join(PREPROCESSING)}"
+        )
+    known = sorted(mode.value for mode in InterpolationMode)
+    if changes.get("interpolation", "bilinear") not in (*known, "random"):
+        raise UsageError(
+            f"interpolation={changes['interpolation']!r}; allowed are {', '.join(known)}"
+        )
+    return changes
+
+
+def _check_args(source: Source) -> None:
+    bad = FACTORY_ARGS & source.model_args.keys()
+    if bad:
+        raise UsageError(
+            f"{', '.join(sorted(bad))} cannot be given as an argument of {source.architecture}"
+        )
 
 
 def build(source: Source) -> nn.Module:
@@ -118,23 +158,25 @@ def build(source: Source) -> nn.Module:
     names = _names(source.library)
     if source.architecture.partition(".")[0] not in names:
         raise ModelNameError(_unknown(source.architecture, names))
-    bad = FACTORY_ARGS & source.model_args.keys()
-    if bad:
-        raise UsageError(
-            f"{', '.join(sorted(bad))} cannot be given as an argument of {source.architecture}"
-        )
+    _check_args(source)
     try:
         if source.library == "timm":
             model = timm.create_model(source.architecture, pretrained=False, **source.model_args)
         else:
             model = _torchvision(source.architecture, source.model_args)
-    except (TypeError, ValueError, AssertionError, KeyError, IndexError, RuntimeError) as error:
-        # NotImplementedError, a RuntimeError, is what building without memory may end in.
-        raise UsageError(
-            f"{source.library}/{source.architecture} cannot be built with arguments "
-            f"{source.model_args}: {_first_line(error)}"
-        ) from error
+    except LegoError:
+        raise
+    # An architecture may refuse an argument in any way: attributes, divisions, missing modules.
+    except Exception as error:
+        raise UsageError(_unbuildable(source, error)) from error
     return model  # type: ignore[no-any-return]
+
+
+def _unbuildable(source: Source, error: BaseException) -> str:
+    return (
+        f"{source.library}/{source.architecture} cannot be built with arguments "
+        f"{source.model_args}: {_first_line(error)}"
+    )
 
 
 def source_of(model: nn.Module) -> Source:
@@ -219,14 +261,17 @@ def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
         load = load_model_config_from_path if scheme.startswith("local") else _hub_config
         try:
             cfg, architecture, args = load(rest)
-        except (FileNotFoundError, ValueError, KeyError, OSError) as error:
+            if not isinstance(architecture, str) or not isinstance(args or {}, dict):
+                raise ValueError("its architecture is no name, or its model_args are no mapping")
+            cfg = dict(cfg)
+        except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
             raise WeightsError(
                 f"no model configuration at {name!r}: {_first_line(error)}"
             ) from error
         source = Source("timm", architecture, dict(args or {}))
         if scheme.startswith("local") and "num_classes" in cfg:
             source.model_args.setdefault("num_classes", cfg["num_classes"])
-        return source, dict(cfg)
+        return source, cfg
     library, slash, short = name.rpartition("/")
     if slash and library not in ("timm", "torchvision"):
         raise ModelNameError(
@@ -284,7 +329,12 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
         kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
         _load_state_(model, kept, f"torchvision's {entry}")
         return model
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except LegoError:
+        raise
+    except (TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise UsageError(_unbuildable(source, error)) from error
+    # Downloads and files of any kind: errors of the network, safetensors and pickle.
+    except Exception as error:
         raise WeightsError(
             f"the pretrained weights of {name!r} cannot be had: {_first_line(error)}. "
             "Give a local file with --weights FILE, or take random weights with --no-pretrained"
@@ -306,8 +356,9 @@ def _torchvision(name: str, args: dict[str, Any]) -> nn.Module:
 def _torchvision_cfg(name: str) -> dict[str, Any]:
     """A timm-like configuration from the transforms of a torchvision weights enum."""
     cfg: dict[str, Any] = {"architecture": name}
-    entries = list(torchvision.models.get_model_weights(name))
-    transforms: Any = entries[-1].transforms() if entries else None
+    # An enum's last entry need not be its default: RegNets have SWAG weights after it.
+    entries: Any = torchvision.models.get_model_weights(name)
+    transforms: Any = entries.DEFAULT.transforms() if len(entries) else None
     crop = getattr(transforms, "crop_size", None)
     if not crop:
         return cfg
