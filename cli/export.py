@@ -21,8 +21,8 @@ from .options import force_option, json_option
 @json_option
 def export(checkpoint: Path, form: str, out: Path | None, force: bool, as_json: bool) -> None:
     """Write a compressed folder as a plain state dict of the original architecture."""
-    place = checkpoint.resolve()
-    target = out or checkpoint.parent / f"{place.name}-{form}.safetensors"
+    place = checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()
+    target = out or place.with_name(f"{place.name}-{form}.safetensors")
     export_dense(lego.load(checkpoint), target, force)
     size = target.stat().st_size
     if as_json:

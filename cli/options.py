@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -122,20 +123,13 @@ def read_spec(values: dict[str, Any]) -> LegoSpec:
 def read_create_args(values: dict[str, Any]) -> dict[str, Any]:
     """Take the model's options out of a command's values, as `legocompress.create` takes them."""
     size, mean, std = (values.pop(name) for name in ("img_size", "mean", "std"))
-    channels = values.get("in_chans") or 3
     preprocess = {
-        "input_size": None if size is None else (channels, size, size),
-        "mean": (mean * channels if len(mean) == 1 else mean) or None,
-        "std": (std * channels if len(std) == 1 else std) or None,
+        "input_size": None if size is None else (size, size),
+        "mean": mean or None,
+        "std": std or None,
         "interpolation": values.pop("interpolation"),
         "crop_pct": values.pop("crop_pct"),
     }
-    for name in ("mean", "std"):
-        given = preprocess[name]
-        if given is not None and len(given) != channels:
-            raise UsageError(
-                f"--{name} is given {len(given)} times; give it once, or {channels} times"
-            )
     return {
         "weights": values.pop("weights"),
         "pretrained": values.pop("pretrained"),
@@ -147,8 +141,6 @@ def read_create_args(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key_value(text: str) -> tuple[str, Any]:
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"--model-kwargs {text!r} is not of the form KEY=VALUE")

@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from legocompress.measure import Evaluation, LayerReport, Report
+from legocompress.evaluate import Evaluation
+from legocompress.measure import LayerReport, Report
 from legocompress.plan import LayerPlan, Plan
 
 

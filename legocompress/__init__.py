@@ -7,8 +7,9 @@ from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
 from legocompress.convert import convert_
 from legocompress.data import open_images
 from legocompress.errors import LegoError
+from legocompress.evaluate import Evaluation, evaluate
 from legocompress.export import export_dense, to_dense
-from legocompress.measure import Evaluation, Report, evaluate, measure
+from legocompress.measure import Report, measure
 from legocompress.models import Source, create
 from legocompress.plan import Plan, plan
 from legocompress.spec import LegoSpec, Rule

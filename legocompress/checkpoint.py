@@ -17,8 +17,9 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from legocompress.codec import encode, own_tensors, packed_bytes, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
-from legocompress.convert import TORCH_DTYPES, Record, rounded
+from legocompress.convert import TORCH_DTYPES, Record
 from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
 from legocompress.files import write_tensors, writing
 from legocompress.models import Source, build, create, source_of
@@ -61,67 +62,6 @@ class CompressionConfig(_Strict):
     seed: int | None = None
     skipped: dict[str, str] = {}
     layers: dict[str, LayerConfig]
-
-
-def pack_index(index: Tensor, bits: int) -> Tensor:
-    """Pack integers in [0, 2**bits) into bytes (B,), `bits` each, least significant first."""
-    if bits == 0:
-        return torch.zeros(0, dtype=torch.uint8)
-    places = torch.arange(bits)
-    stream = ((index.reshape(-1, 1) >> places) & 1).to(torch.uint8).flatten()
-    padded = nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Undo `pack_index`: the first `count` integers, (count,) int64."""
-    if bits == 0:
-        return torch.zeros(count, dtype=torch.int64)
-    stream = ((packed.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
-    digits = stream[: count * bits].reshape(count, bits).to(torch.int64)
-    return (digits << torch.arange(bits)).sum(1)
-
-
-def packed_bytes(shape: UnitShape) -> int:
-    """Bytes of a layer's packed index."""
-    return -(-shape.n_slots * shape.index_bits // 8)
-
-
-def encode(model: nn.Module) -> dict[str, Tensor]:
-    """Turn a converted network's state into the tensors of a file: each once, indices packed.
-
-    Raises:
-        CheckpointError: the state holds something that is no tensor.
-    """
-    stored: dict[str, Tensor] = {}
-    legos = dict(lego_modules(model))
-    for name, tensor in _own_tensors(model).items():
-        owner, _, leaf = name.rpartition(".")
-        module = legos.get(owner)
-        if module is None:
-            stored[name] = tensor.detach()
-        elif leaf == "index":
-            stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
-        elif leaf in ("lego_filters", "coefficients"):
-            dtype = module.storage_dtype if leaf == "lego_filters" else module.coefficients_dtype
-            stored[name] = rounded(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
-        else:
-            stored[name] = tensor.detach()
-    # Copies, since views of one tensor may not share memory in the file.
-    return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
-
-
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of a state dict, each under its first name only."""
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"the state {name!r} is a {type(tensor).__name__}, not a tensor")
-        if id(tensor) not in seen:
-            own[name] = tensor
-            seen.add(id(tensor))
-    return own
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
@@ -225,7 +165,7 @@ def _rebuildable(model: nn.Module, source: Source) -> Source:
     try:
         for deployed in (source.reparameterized, not source.reparameterized):
             candidate = replace(source, reparameterized=deployed)
-            fresh = {k: tuple(v.shape) for k, v in _own_tensors(skeleton_of(candidate)).items()}
+            fresh = {k: tuple(v.shape) for k, v in own_tensors(skeleton_of(candidate)).items()}
             if fresh == ours:
                 return candidate
     except LegoError as error:
@@ -241,7 +181,7 @@ def _rebuildable(model: nn.Module, source: Source) -> Source:
 def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     legos = dict(lego_modules(model))
     shapes = {}
-    for name, tensor in _own_tensors(model).items():
+    for name, tensor in own_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         if owner not in legos or leaf not in ("lego_filters", "index", "coefficients"):
             shapes[name] = tuple(tensor.shape)
@@ -347,7 +287,9 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
         raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is no mapping")
     try:
         skeleton = skeleton_of(source)
-        for name, tensor in _own_tensors(skeleton).items():
+        for name in block.layers:
+            _find(skeleton, name)
+        for name, tensor in own_tensors(skeleton).items():
             owner, _, leaf = name.rpartition(".")
             if leaf != "weight" or owner not in block.layers:
                 _check_shape(file, name, tuple(tensor.shape))
@@ -364,7 +306,7 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
     """Give the dense model the config's Lego modules and the file's tensors, all checked."""
     for name, layer in block.layers.items():
         _become_layer_(model, name, layer)
-    own = _own_tensors(model)
+    own = own_tensors(model)
     stored = set(file.keys())
     if stored != own.keys():
         odd = sorted(stored ^ own.keys())[0]
@@ -392,13 +334,18 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
             tensor.data = stored_as
 
 
-def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
+def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         module = nn.Identity()
     if not isinstance(module, (nn.Conv2d, nn.Linear)) or isinstance(module, LegoModule):
         raise CheckpointError(f"the architecture has no conv or Linear called {name!r}")
+    return module
+
+
+def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
+    module = _find(model, name)
     n_out, channels, *kernel = module.weight.shape
     kh, kw = kernel or (1, 1)
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
@@ -465,7 +412,9 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
     folder = Path(name)
     if not (folder / CONFIG).is_file():
         return create(name, **create_args)
-    given = [k for k, v in create_args.items() if k != "seed" and v not in (None, {}, True)]
+    given = [
+        k for k, v in create_args.items() if not (k == "seed" or v is None or v is True or v == {})
+    ]
     if (folder / CONFIG).stat().st_size <= MAX_CONFIG_BYTES and "compression_config" not in (
         folder / CONFIG
     ).read_text(encoding="utf-8", errors="replace"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +85,8 @@ def create(
         in_chans: channels of the image (timm only).
         model_args: further arguments of the architecture.
         preprocess: entries laid over the model's `pretrained_cfg` (input_size, mean, std,
-            interpolation, crop_pct, ...).
+            interpolation, crop_pct, ...). An `input_size` may be (H, W), and `mean` and `std` one
+            value for all channels.
         seed: of random weights.
 
     Raises:
@@ -97,7 +100,10 @@ def create(
     source = replace(source, model_args={**source.model_args, **given})
     fetch = pretrained and weights is None
     _check_args(source)
-    changes = _checked_preprocess(preprocess or {})
+    for what, least in (("num_classes", 0), ("in_chans", 1)):
+        if given.get(what, least) < least:
+            raise UsageError(f"{what}={given[what]} cannot be: it is at least {least}")
+    _check_preprocess(preprocess or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _download(name, source, cfg) if fetch else build(source)
@@ -105,7 +111,8 @@ def create(
         load_weights_(model, Path(weights))
     origin = f"file {Path(weights).name}" if weights else name if fetch else f"random, seed {seed}"
     noted: Any = model
-    noted.pretrained_cfg = {**_of_channels(cfg or model_cfg(model), in_chans), **changes}
+    base = _of_channels(cfg or model_cfg(model), in_chans)
+    noted.pretrained_cfg = {**base, **_fitted(preprocess or {}, base, in_chans)}
     noted.lego_source = replace(source, weights=origin)
     return model.eval()
 
@@ -121,7 +128,25 @@ def _of_channels(cfg: dict[str, Any], channels: int | None) -> dict[str, Any]:
     return {**cfg, **averages, "input_size": (channels, *size[1:])}
 
 
-def _checked_preprocess(changes: dict[str, Any]) -> dict[str, Any]:
+def _fitted(changes: dict[str, Any], cfg: dict[str, Any], in_chans: int | None) -> dict[str, Any]:
+    """Preprocessing for the network's channels: a size of two numbers, one mean for all of them."""
+    size = tuple(changes.get("input_size") or cfg.get("input_size") or ())
+    channels = size[0] if len(size) == 3 else (cfg.get("input_size") or (in_chans or 3,))[0]
+    fitted = dict(changes)
+    if "input_size" in changes:
+        fitted["input_size"] = size if len(size) == 3 else (channels, *size)
+    for key in {"mean", "std"} & changes.keys():
+        given = tuple(changes[key])
+        fitted[key] = given * channels if len(given) == 1 else given
+        if len(fitted[key]) != channels:
+            raise UsageError(
+                f"{key} (--{key}) has {len(given)} values; give one, or one for each of the "
+                f"{channels} channels"
+            )
+    return fitted
+
+
+def _check_preprocess(changes: dict[str, Any]) -> None:
     unknown = changes.keys() - {*PREPROCESSING, "test_input_size", "test_crop_pct"}
     if unknown:
         raise UsageError(
@@ -133,7 +158,6 @@ def _checked_preprocess(changes: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"interpolation={changes['interpolation']!r}; allowed are {', '.join(known)}"
         )
-    return changes
 
 
 def _check_args(source: Source) -> None:
@@ -325,7 +349,8 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
             return timm.create_model(origin, pretrained=True, **source.model_args)  # type: ignore[no-any-return]
         model = build(source)
         entry = torchvision.models.get_model_weights(source.architecture).DEFAULT
-        state = entry.get_state_dict(progress=False, check_hash=True)
+        with redirect_stdout(StringIO()):  # torch announces the download there, amid our JSON
+            state = entry.get_state_dict(progress=False, check_hash=True)
         kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
         _load_state_(model, kept, f"torchvision's {entry}")
         return model

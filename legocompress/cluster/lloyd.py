@@ -1,0 +1,99 @@
+"""One term a fragment: k-means and gain-shape k-means by Lloyd's algorithm, from a good start."""
+
+import torch
+from torch import Tensor
+
+from legocompress.cluster.exchange import exchange
+from legocompress.cluster.merge import merge
+from legocompress.cluster.state import (
+    WIDE_CHUNK,
+    State,
+    assemble,
+    one_thread,
+    segment_sum,
+    segments,
+    unit,
+)
+
+BLOCK = 4096  # fragments merged together: bounds time and the Gram matrix (64 MB in float32)
+LLOYD_ROUNDS = 10
+IMPROVEMENT = 2e-4  # stop where a round lowers the squared error by less than this share
+
+
+def start(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> Tensor:
+    """Return a bank (n_lego, d), block by block so that a Gram matrix stays small."""
+    n_blocks = max(1, min(-(-len(x) // BLOCK), n_lego // 64))
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    sizes = torch.arange(n_lego).tensor_split(n_blocks)
+    banks = []
+    for ids, mine in zip(order.tensor_split(n_blocks), sizes, strict=True):
+        rows = x[ids[:BLOCK].sort().values]
+        energy = rows.square().sum(1)
+        # Rows this weak differ by rounding only; alike, they merge at once instead of one by one.
+        rows = torch.where((energy > 1e-12 * energy.mean())[:, None], rows, 0.0)
+        distinct, number = torch.unique(rows, dim=0, return_inverse=True)
+        gram = rows @ rows.T
+        if len(distinct) <= len(mine):
+            banks.append(
+                torch.cat([distinct, distinct.new_zeros(len(mine) - len(distinct), x.shape[1])])
+            )
+            continue
+        same = len(distinct) == len(rows)
+        small = gram if same else distinct @ distinct.T
+        with one_thread():
+            label, weight = merge(small, len(mine), signed)
+            if not same:
+                label, weight = label[number], weight[number]
+            label, weight = exchange(gram, label, weight, len(mine), signed)
+        banks.append(centres(rows, label, weight if signed else None, len(mine)))
+    return torch.cat(banks)
+
+
+def centres(x: Tensor, label: Tensor, gain: Tensor | None, n_lego: int) -> Tensor:
+    """Return each cluster's mean or, with gains, its direction as a unit vector (n_lego, d)."""
+    members, starts, size = segments(label, n_lego)
+    weight = torch.ones_like(x[:, 0]) if gain is None else gain
+    total = segment_sum(x, members, starts, weight[members])
+    return total / size.clamp(min=1)[:, None] if gain is None else unit(total)
+
+
+def _assign(x: Tensor, bank: Tensor, signed: bool) -> State:
+    """Give every fragment its best Lego filter and, in the signed form, its best gain."""
+    half = bank.square().sum(1) / 2
+    picks, gains, error = [], [], 0.0
+    for part in torch.split(x, max(1, WIDE_CHUNK // len(bank))):
+        score = part @ bank.T
+        pick = (score.abs() if signed else score - half).argmax(1, keepdim=True)
+        gain = score.gather(1, pick) if signed else torch.ones_like(part[:, :1])
+        error += float((part - gain * bank[pick[:, 0]]).square().sum(dtype=torch.float64))
+        picks.append(pick)
+        gains.append(gain)
+    return State(error, bank, torch.cat(picks), torch.cat(gains))
+
+
+def reseed(x: Tensor, state: State, bank: Tensor, signed: bool) -> Tensor:
+    """Put the worst served fragments in place of Lego filters that no fragment uses."""
+    unused = torch.bincount(state.index.flatten(), minlength=len(bank)) == 0
+    if not bool(unused.any()):
+        return bank
+    missing = (x - assemble(state)).square().sum(1)
+    worst = missing.topk(min(int(unused.sum()), len(x))).indices
+    bank = bank.clone()
+    bank[unused.nonzero()[: len(worst), 0]] = unit(x[worst]) if signed else x[worst]
+    return bank
+
+
+def lloyd(x: Tensor, bank: Tensor, signed: bool) -> State:
+    """Alternate assignment and centres from `bank` (n_lego, d) while the error falls."""
+    best = _assign(x, bank, signed)
+    for _ in range(LLOYD_ROUNDS):
+        gain = best.gain[:, 0] if signed else None
+        bank = reseed(x, best, centres(x, best.index[:, 0], gain, len(bank)), signed)
+        state = _assign(x, bank, signed)
+        if not state.error < best.error:
+            break
+        done = best.error - state.error < IMPROVEMENT * state.error
+        best = state
+        if done:
+            break
+    return best

@@ -1,0 +1,72 @@
+"""A converted state <-> the tensors of a file: packed indices, values in storage dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from legocompress.conv import lego_modules
+from legocompress.convert import TORCH_DTYPES, rounded
+from legocompress.errors import CheckpointError
+from legocompress.spec import UnitShape
+
+
+def pack_index(index: Tensor, bits: int) -> Tensor:
+    """Pack integers in [0, 2**bits) into bytes (B,), `bits` each, least significant first."""
+    if bits == 0:
+        return torch.zeros(0, dtype=torch.uint8)
+    places = torch.arange(bits)
+    stream = ((index.reshape(-1, 1) >> places) & 1).to(torch.uint8).flatten()
+    padded = nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `pack_index`: the first `count` integers, (count,) int64."""
+    if bits == 0:
+        return torch.zeros(count, dtype=torch.int64)
+    stream = ((packed.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    digits = stream[: count * bits].reshape(count, bits).to(torch.int64)
+    return (digits << torch.arange(bits)).sum(1)
+
+
+def packed_bytes(shape: UnitShape) -> int:
+    """Bytes of a layer's packed index."""
+    return -(-shape.n_slots * shape.index_bits // 8)
+
+
+def encode(model: nn.Module) -> dict[str, Tensor]:
+    """Turn a converted network's state into the tensors of a file: each once, indices packed.
+
+    Raises:
+        CheckpointError: the state holds something that is no tensor.
+    """
+    stored: dict[str, Tensor] = {}
+    legos = dict(lego_modules(model))
+    for name, tensor in own_tensors(model).items():
+        owner, _, leaf = name.rpartition(".")
+        module = legos.get(owner)
+        if module is None:
+            stored[name] = tensor.detach()
+        elif leaf == "index":
+            stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
+        elif leaf in ("lego_filters", "coefficients"):
+            dtype = module.storage_dtype if leaf == "lego_filters" else module.coefficients_dtype
+            stored[name] = rounded(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
+        else:
+            stored[name] = tensor.detach()
+    # Copies, since views of one tensor may not share memory in the file.
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of a state dict, each under its first name only."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"the state {name!r} is a {type(tensor).__name__}, not a tensor")
+        if id(tensor) not in seen:
+            own[name] = tensor
+            seen.add(id(tensor))
+    return own

@@ -1,0 +1,200 @@
+"""Outputs are whole or not there: written aside, renamed, and cleaned up after any failure."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from legocompress.errors import OutputError, OutputExistsError
+from legocompress.files import _replace, check_free, writing
+
+
+def fill(path: Path, text: str, folder: bool) -> None:
+    (path / "inside" if folder else path).write_text(text)
+
+
+def read(path: Path, folder: bool) -> str:
+    return (path / "inside" if folder else path).read_text()
+
+
+def fail(target: Path, folder: bool, error: type[BaseException]) -> None:
+    with writing(target, force=True, folder=folder) as path:
+        fill(path, "half", folder)
+        raise error
+
+
+def only(place: Path, *names: str) -> None:
+    """Nothing else is there, hidden files included."""
+    assert sorted(entry.name for entry in place.iterdir()) == sorted(names)
+
+
+@pytest.fixture(params=[False, True], ids=["file", "folder"])
+def folder(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def test_the_output_appears_at_the_end_only(tmp_path: Path, folder: bool) -> None:
+    target = tmp_path / "deep" / "er" / "out"
+    with writing(target, folder=folder) as path:
+        assert path.name == "out"
+        assert path.parent.parent == target.parent  # the same disk, so that renaming is atomic
+        assert path.is_dir() is folder
+        fill(path, "new", folder)
+        assert not target.exists()
+    assert read(target, folder) == "new"
+    only(target.parent, "out")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing(tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        fail(tmp_path / "out", folder, error)
+    only(tmp_path)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_keeps_what_was_there(
+    tmp_path: Path, folder: bool, error: type[BaseException]
+) -> None:
+    target = tmp_path / "out"
+    with writing(target, folder=folder) as path:
+        fill(path, "old", folder)
+    with pytest.raises(error):
+        fail(target, folder, error)
+    assert read(target, folder) == "old"
+    only(tmp_path, "out")
+
+
+def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with writing(target, folder=True) as path:
+        fill(path, "old", True)
+
+    def interrupt(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        if frame.f_code is _replace.__code__:
+            if event == "line" and not target.exists():
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return interrupt
+        return None
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(interrupt)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            writing(target, force=True, folder=True) as path,
+        ):
+            fill(path, "new", True)
+    finally:
+        sys.settrace(before)
+    assert read(target, True) in ("old", "new")
+    only(tmp_path, "out")
+
+
+def test_what_stands_there_needs_force(tmp_path: Path, folder: bool) -> None:
+    target = tmp_path / "out"
+    with writing(target, folder=folder) as path:
+        fill(path, "old", folder)
+    with (
+        pytest.raises(OutputExistsError, match=r"exists already.*--force"),
+        writing(target, folder=folder),
+    ):
+        pytest.fail("the body must not run")
+    assert read(target, folder) == "old"
+    with writing(target, force=True, folder=folder) as path:
+        fill(path, "new", folder)
+        assert read(target, folder) == "old"
+    assert read(target, folder) == "new"
+    only(tmp_path, "out")
+
+
+def test_a_folder_takes_the_place_of_a_fuller_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "sub").mkdir(parents=True)
+    (target / "sub" / "old").write_text("x")
+    with writing(target, force=True, folder=True) as path:
+        fill(path, "new", True)
+    only(target, "inside")
+
+
+def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with writing(tmp_path / "out", force=True, folder=True) as path:
+        fill(path, "new", True)
+    assert read(tmp_path / "out", True) == "new"
+    only(tmp_path, "out")
+
+
+def test_a_file_does_not_wipe_out_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with (
+        pytest.raises(OutputError, match="cannot write"),
+        writing(tmp_path / "out", force=True) as path,
+    ):
+        path.write_text("new")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+    only(tmp_path, "out")
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path, folder: bool) -> None:
+    real = tmp_path / "real"
+    with writing(real, folder=folder) as path:
+        fill(path, "old", folder)
+    (tmp_path / "link").symlink_to(real)
+    with pytest.raises(OutputExistsError):
+        check_free(tmp_path / "link", force=False)
+    with writing(tmp_path / "link", force=True, folder=folder) as path:
+        fill(path, "new", folder)
+    assert read(real, folder) == "old"
+    assert read(tmp_path / "link", folder) == "new"
+    only(tmp_path, "link", "real")
+
+
+def test_a_dangling_link_counts_as_an_output(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OutputExistsError):
+        check_free(tmp_path / "link", force=False)
+    check_free(tmp_path / "nowhere", force=False)
+
+
+def test_a_file_in_the_way_of_the_parent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(OutputError, match="cannot write"),
+        writing(tmp_path / "file" / "out"),
+    ):
+        pytest.fail("the body must not run")
+
+
+def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"no space left.*Free some space"),
+        writing(tmp_path / "a"),
+    ):
+        raise OSError(28, "No space left on device")
+    with (
+        pytest.raises(OutputError, match=r"cannot write .*: .*Input/output"),
+        writing(tmp_path / "a"),
+    ):
+        raise OSError(5, "Input/output error")
+    only(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_place(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir(mode=0o555)
+    try:
+        with pytest.raises(OutputError, match="cannot write"), writing(place / "out"):
+            pytest.fail("the body must not run")
+        only(place)
+    finally:
+        place.chmod(0o755)
