@@ -23,11 +23,6 @@ LAYERS = [
     "cluster.exchange",
     "cluster.lloyd",
     "cluster.pursuit",
-    "cluster.state",
-    "cluster.merge",
-    "cluster.exchange",
-    "cluster.lloyd",
-    "cluster.pursuit",
     "cluster",
     "conv",
     "probe",
@@ -52,12 +47,6 @@ def layer(path: Path) -> str:
     """The dotted name of a file inside the package."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-def layer(path: Path) -> str:
-    """The name of a file as imports tell it, such as `cluster.merge`."""
-    parts = path.relative_to(ROOT / "legocompress").with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def tree(path: Path) -> ast.Module:
