@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 import legocompress as lego
+from legocompress.checkpoint import check_target
 from legocompress.errors import UsageError
-from legocompress.files import check_free
 from legocompress.plan import Plan, plan
 
 from . import render
@@ -62,7 +62,7 @@ def convert(
     spec = read_spec(values)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if not dry_run:
-        check_free(target, force)
+        check_target(target, force)
     network = _open_dense(model, seed, read_device(device), values)
     planned = plan(network, spec)
     if dry_run:

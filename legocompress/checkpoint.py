@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from legocompress.codec import encode, own_tensors, packed_bytes, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record
-from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
-from legocompress.files import write_tensors, writing
+from legocompress.errors import CheckpointError, LegoError, OutputExistsError, SpecError, UsageError
+from legocompress.files import check_free, write_tensors, writing
 from legocompress.models import Source, build, create, source_of
 from legocompress.probe import model_cfg
 from legocompress.spec import LegoSpec, StorageDtype, UnitShape
@@ -78,7 +78,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     Raises:
         CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt from
             what is known about it.
-        OutputExistsError: the folder exists and `force` is not given.
+        OutputExistsError: the folder exists and `force` is not given, or holds something else.
         OutputError: it cannot be written.
     """
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
@@ -112,10 +112,21 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model's configuration is not plain JSON: {error}") from error
     target = Path(path)
+    check_target(target, force)
     with writing(target, force, folder=True) as folder:
         write_tensors(encode(model), folder / TENSORS)
         (folder / CONFIG).write_text(text)
     return target
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raise OutputExistsError if a compressed folder may not be written at `target`."""
+    check_free(target, force)
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise OutputExistsError(
+            f"{str(target)!r} is a folder of something else, which even --force does not replace; "
+            "choose another --out"
+        )
 
 
 def _plain(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from legocompress.errors import DataError
 
 UNLABELLED = -1
+IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SCHEMES = ("torch", "hfds", "hfids", "tfds", "wds")  # the kinds of named data sets that timm knows
 
 
@@ -147,7 +148,7 @@ def _folder(
     path: Path, transform: Callable[..., Tensor], mode: str, class_map: str | None, labels: bool
 ) -> Images:
     order = None if class_map is None else _class_order(Path(class_map))
-    items, classes = find_images_and_targets(str(path), class_to_idx=order)
+    items, classes = find_images_and_targets(str(path), IMAGE_TYPES, class_to_idx=order)
     if not items:
         raise DataError(f"folder {str(path)!r} holds no images" + _outside(order, class_map))
     labelled = labels and (order is not None or len(classes) > 1)

@@ -317,6 +317,14 @@ def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("dear")
+    with pytest.raises(OutputExistsError, match="something else"):
+        lego.save(small(), tmp_path / "letters", force=True)
+    assert (tmp_path / "letters" / "dear.txt").read_text() == "dear"
+
+
 def test_an_existing_output_is_kept_without_force_and_replaced_with_it(tmp_path: Path) -> None:
     target = tmp_path / "a"
     lego.save(small(), target)
