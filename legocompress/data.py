@@ -80,7 +80,7 @@ def open_images(
     path = Path(where)
     if path.suffix == ".npz" and path.is_file():
         images = _arrays(path, transform, mode, labels)
-    elif path.is_dir():
+    elif where and path.is_dir():
         images = _folder(path, transform, mode, class_map, labels)
     elif where.partition("/")[0] in SCHEMES and not path.exists():
         images = _named(where, data_dir, split, transform, mode, labels)
