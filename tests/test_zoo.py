@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models import FeatureListNet
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import legocompress as lego
@@ -153,6 +154,17 @@ def test_data_parallel_replicas_compute_the_same() -> None:
         setattr(replica, name, value)  # as torch's replicate does
     x = torch.rand(1, 64, 8, 8)
     assert torch.equal(replica(x), source(x))
+
+
+def test_torch_fusers_are_told_to_go_dense() -> None:
+    original, model = converted("resnet18")
+    with pytest.raises(DenseOnlyError, match="to_dense"):
+        fuse_conv_bn_eval(model.layer1[0].conv1, model.layer1[0].bn1)
+    block = lego.to_dense(model).layer1[0]
+    fused = fuse_conv_bn_eval(block.conv1, block.bn1)
+    x = torch.rand(1, 64, 8, 8)
+    expected = original.layer1[0].bn1(original.layer1[0].conv1(x))
+    torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_state_dict_round_trip_into_another_conversion() -> None:
