@@ -182,7 +182,7 @@ def _rebuildable(model: nn.Module, source: Source) -> Source:
     except LegoError as error:
         raise CheckpointError(f"the architecture cannot be rebuilt: {error}") from error
     raise CheckpointError(
-        f"{source.library}/{source.architecture} built with {source.model_args} is not this one "
+        f"{source.library}/{source.architecture} with {source.model_args} is another network "
         f"(first difference at {min(set(fresh.items()) ^ set(ours.items()))[0]!r}); create it with "
         "legocompress.create(...), or set model.lego_source to Source(None, None) and pass the "
         "dense network to load()"

@@ -205,17 +205,16 @@ def _unbuildable(source: Source, error: BaseException) -> str:
 
 def source_of(model: nn.Module) -> Source:
     """What rebuilds `model`: what `create` noted, else what timm noted, else a source of None."""
-    noted = getattr(model, "lego_source", None)
-    if isinstance(noted, Source):
-        return noted
-    architecture = model_cfg(model).get("architecture")
-    if type(model).__module__.startswith("timm.") and architecture:
-        args = dict(getattr(model, "_model_args", {}))
-        classes = getattr(model, "num_classes", None)
-        if isinstance(classes, int):
-            args.setdefault("num_classes", classes)
-        return Source("timm", architecture, args)
-    return Source(None, None)
+    source = getattr(model, "lego_source", None)
+    if not isinstance(source, Source):
+        architecture = model_cfg(model).get("architecture")
+        if not architecture or not type(model).__module__.startswith("timm."):
+            return Source(None, None)
+        source = Source("timm", architecture, dict(getattr(model, "_model_args", {})))
+    classes = getattr(model, "num_classes", None)
+    if source.library == "timm" and isinstance(classes, int):  # reset_classifier changes it
+        source = replace(source, model_args={**source.model_args, "num_classes": classes})
+    return source
 
 
 def load_weights_(model: nn.Module, path: Path) -> nn.Module:
@@ -292,10 +291,9 @@ def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
             raise WeightsError(
                 f"no model configuration at {name!r}: {_first_line(error)}"
             ) from error
-        source = Source("timm", architecture, dict(args or {}))
-        if scheme.startswith("local") and "num_classes" in cfg:
-            source.model_args.setdefault("num_classes", cfg["num_classes"])
-        return source, cfg
+        classes = {"num_classes": cfg["num_classes"]} if "num_classes" in cfg else {}
+        model_args = {**default_args("timm", architecture), **classes, **(args or {})}
+        return Source("timm", architecture, model_args), cfg
     library, slash, short = name.rpartition("/")
     if slash and library not in ("timm", "torchvision"):
         raise ModelNameError(

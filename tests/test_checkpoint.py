@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 import shutil
 import subprocess
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.checkpoint import FORMAT_VERSION, open_model
-from legocompress.codec import pack_index, unpack_index
 from legocompress.convert import Record
 from legocompress.errors import (
     CheckpointError,
@@ -107,29 +105,6 @@ def assert_same(a: nn.Module, b: nn.Module, x: Tensor) -> None:
 
 def digest(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-# Packing
-
-
-@pytest.mark.parametrize("bits", range(18))
-def test_unpacking_undoes_packing(bits: int) -> None:
-    for count in (1, 2, 3, 5, 7, 8, 9, 64, 101):
-        index = torch.randint(0, 2**bits, (count,))
-        index[0] = 2**bits - 1
-        packed = pack_index(index, bits)
-        assert packed.dtype == torch.uint8
-        assert len(packed) == math.ceil(count * bits / 8)
-        assert torch.equal(unpack_index(packed, bits, count), index)
-
-
-def test_bits_are_packed_least_significant_first() -> None:
-    assert pack_index(torch.tensor([5, 2, 7]), 3).tolist() == [0b11_010_101, 0b1]
-    assert unpack_index(torch.tensor([0b11_010_101, 0b1], dtype=torch.uint8), 3, 3).tolist() == [
-        5,
-        2,
-        7,
-    ]
 
 
 # The exact inverse
@@ -284,6 +259,26 @@ def test_a_network_made_by_timm_alone_is_rebuilt(tmp_path: Path) -> None:
         assert not (tmp_path / "a").exists()
     else:
         assert_same(model, lego.load(tmp_path / "a"), torch.randn(2, 3, 32, 32))
+
+
+def test_a_classifier_that_was_reset_is_rebuilt(tmp_path: Path) -> None:
+    model = lego.create("test_resnet", pretrained=False)
+    lego.convert_(model, lego.plan(model, lego.LegoSpec(m=1, o=2)))
+    model.reset_classifier(3)
+    lego.save(model, tmp_path / "a")
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(lego.load(tmp_path / "a")(x), model(x))
+
+
+def test_a_network_from_a_folder_is_rebuilt_with_its_classes(tmp_path: Path) -> None:
+    own = timm.create_model("convnext_atto", num_classes=7)
+    timm.models.save_for_hf(own, tmp_path / "hub", safe_serialization=True)
+    model = lego.create(f"local-dir:{tmp_path / 'hub'}")
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(model(x), own.eval()(x), rtol=1e-4, atol=1e-5)
+    lego.convert_(model, lego.plan(model))
+    lego.save(model, tmp_path / "a")
+    assert torch.equal(lego.load(tmp_path / "a")(x), model(x))
 
 
 def test_an_own_class_needs_an_instance(tmp_path: Path) -> None:

@@ -319,9 +319,15 @@ def test_an_existing_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     failed(run("convert", DENSE, "--out", "out"), 2, "'out' exists already", "--force")
+    foreign = run("convert", DENSE, "--out", "out", "--force")
+    failed(foreign, 2, "'out' is a folder of something else")
     assert snapshot(tmp_path) == {"out", "out/precious"}
-    assert run("convert", DENSE, "--m", 0.25, "--o", 4, "--out", "out", "--force").code == 0
-    assert snapshot(tmp_path) == {"out", "out/config.json", "out/model.safetensors"}
+    (tmp_path / "out" / "precious").unlink()
+    for m in (0.5, 0.25):
+        assert run("convert", DENSE, "--m", m, "--o", 4, "--out", "out", "--force").code == 0
+        assert snapshot(tmp_path) == {"out", "out/config.json", "out/model.safetensors"}
+    n_lego = {m.lego_shape.n_lego for _, m in lego.lego_modules(lego.load(tmp_path / "out"))}
+    assert n_lego == {4, 8, 16, 32}
 
 
 @pytest.mark.parametrize("command", ["report", "export", "convert", "inspect", "evaluate"])
