@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -50,9 +51,31 @@ def ratio(before: float | None, after: float | None) -> str:
 TEXT_COLUMNS = ("layer", "weight", "network", "note", "stays dense because")
 
 
+def short(value: float | None) -> str:
+    """`count` to three digits, for tables."""
+    return _scaled(value, ((1e9, "G"), (1e6, "M"), (1e3, "k")), "")
+
+
+def short_size(bits: float | None) -> str:
+    """`size` to three digits, for tables."""
+    return _scaled(None if bits is None else bits / 8, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")), "B")
+
+
+def _scaled(value: float | None, units: tuple[tuple[float, str], ...], smallest: str) -> str:
+    if value is None:
+        return "?"
+    for limit, unit in units:
+        if abs(value) >= 0.9995 * limit:
+            scaled = value / limit
+            return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
+    return f"{value:.0f}{smallest}"
+
+
 def table(columns: list[str], rows: list[list[str]], footer: list[str] | None = None) -> None:
     """Print a table, its last row a total; as wide as it needs where output is no terminal."""
-    shown = Table(show_footer=footer is not None)
+    shown = Table(
+        show_footer=footer is not None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
     for position, name in enumerate(columns):
         shown.add_column(
             name,
@@ -71,16 +94,16 @@ def table(columns: list[str], rows: list[list[str]], footer: list[str] | None = 
 def print_plan(plan: Plan) -> None:
     """The plan: a row per layer, what it becomes or why not, and the totals."""
     rows = [_plan_row(row) for row in plan.rows]
-    rows.append(["(other)", "", "", "", "", size(plan.other_bits), "", "norms, biases"])
+    rows.append(["(other)", "", "", short_size(plan.other_bits), "", "norms, biases"])
     dense_bits = sum(r.dense_bits for r in plan.rows) + plan.other_bits
     bits = sum(r.bits for r in plan.rows) + plan.other_bits
     dense_macs, macs = (sum(getattr(r, c) or 0 for r in plan.rows) for c in ("dense_macs", "macs"))
     converted = f"{len(plan.layers)} of {len(plan.rows)} layers"
     table(
-        ["layer", "weight", "m'", "o", "k", "ideal size", "MACs", "stays dense because"],
+        ["layer", "weight", "m'/o/k", "ideal size", "MACs", "stays dense because"],
         rows,
-        ["total", converted, "", "", "", change(size, dense_bits, bits),
-         change(count, dense_macs, macs), ""],
+        ["total", converted, "", change(short_size, dense_bits, bits),
+         change(short, dense_macs, macs), ""],
     )  # fmt: skip
     if plan.reparameterize:
         click.echo("The network has blocks in training form; they are deployed before conversion.")
@@ -89,21 +112,20 @@ def print_plan(plan: Plan) -> None:
 
 
 def change(show: Callable[[float | None], str], before: float | None, after: float | None) -> str:
-    """'before -> after', or one of them where nothing changes."""
+    """'before → after', or one of them where nothing changes."""
     if before is None or after is None:
         return ""
-    return show(before) if before == after else f"{show(before)} -> {show(after)}"
+    return show(before) if before == after else f"{show(before)}→{show(after)}"
 
 
 def _plan_row(row: LayerPlan) -> list[str]:
     shape = row.shape
-    unit = ("", "", "") if shape is None else (shape.n_lego, shape.n_split, shape.n_terms)
     return [
         row.name or "(root)",
         _weight(row.weight_shape, row.groups),
-        *map(str, unit),
-        change(size, row.dense_bits, row.bits),
-        change(count, row.dense_macs, row.macs),
+        "" if shape is None else f"{shape.n_lego}/{shape.n_split}/{shape.n_terms}",
+        change(short_size, row.dense_bits, row.bits),
+        change(short, row.dense_macs, row.macs),
         row.reason or "",
     ]
 
@@ -116,13 +138,13 @@ def print_report(report: Report) -> None:
     """The report: a row per layer that sums to the totals, then the network's numbers."""
     t = report.totals()
     table(
-        ["layer", "weight", "m'", "o", "k", "params", "ideal size", "MACs", "m'<=n", "G+B<=F",
-         "weight error", "note"],
+        ["layer", "weight", "m'/o/k", "params", "ideal size", "MACs", "error", "note"],
         [_report_row(row) for row in report.rows],
-        ["total", "", "", "", "", change(count, t["dense_params"], t["params"]),
-         change(size, t["dense_bits"], t["bits"]), change(count, t["dense_macs"], t["macs"]),
-         "", "", _error(t["relative_weight_error"]), ""],
+        ["total", "", "", change(short, t["dense_params"], t["params"]),
+         change(short_size, t["dense_bits"], t["bits"]),
+         change(short, t["dense_macs"], t["macs"]), _error(t["relative_weight_error"]), ""],
     )  # fmt: skip
+    click.echo("ok: m' <= n and |G| + |B| <= |F|. Error: relative, of the weight at conversion.\n")
     print_totals(report)
     for timing in report.latency:
         low, high = timing.quartiles_ms
@@ -136,26 +158,30 @@ def print_report(report: Report) -> None:
 
 
 def _report_row(row: LayerReport) -> list[str]:
-    def check(value: bool | None) -> str:
-        return "" if value is None else "yes" if value else "NO"
-
-    unit = (row.n_lego, row.n_split, row.n_terms)
+    converted = row.n_lego is not None
     return [
         row.name or "(root)",
         _weight(row.weight_shape),
-        *("" if value is None else str(value) for value in unit),
-        change(count, row.dense_params, row.params),
-        change(size, row.dense_bits, row.bits),
-        change(count, row.dense_macs, row.macs),
-        check(row.fewer_filters),
-        check(row.fewer_bits),
+        f"{row.n_lego}/{row.n_split}/{row.n_terms}" if converted else "",
+        change(short, row.dense_params, row.params),
+        change(short_size, row.dense_bits, row.bits),
+        change(short, row.dense_macs, row.macs),
         _error(row.weight_error),
-        row.reason or "",
+        _checks(row) if converted else (row.reason or "").partition(":")[0].partition(" (")[0],
     ]
 
 
+def _checks(row: LayerReport) -> str:
+    failing = [
+        text
+        for holds, text in ((row.fewer_filters, "m' > n"), (row.fewer_bits, "|G|+|B| > |F|"))
+        if not holds
+    ]
+    return "NO: " + ", ".join(failing) if failing else "ok"
+
+
 def _error(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.3f}"
 
 
 def print_totals(report: Report) -> None:

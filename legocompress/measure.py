@@ -216,7 +216,7 @@ def _other_row(others: list[nn.Parameter]) -> LayerReport:
     bits = sum(8 * p.numel() * p.element_size() for p in others)
     return LayerReport(
         "(other)", "norms, biases", (), None, None, None,
-        size, size, bits, bits, None, None, None, None, None, None, "no conv or Linear weight",
+        size, size, bits, bits, None, None, None, None, None, None, "norms, biases",
     )  # fmt: skip
 
 
