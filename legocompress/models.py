@@ -45,6 +45,8 @@ FACTORY_ARGS = frozenset(
 PREPROCESSING = (
     "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "fixed_input_size",
 )  # fmt: skip
+# Detectors whose pretrained form has other norm layers than the one without weights.
+FROZEN_NORMS = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
 # Heads that googlenet and inception_v3 have in training alone.
 AUXILIARY = frozenset(["aux1", "aux2", "AuxLogits"])
 
@@ -345,6 +347,12 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
         if source.library == "timm":
             origin = name if cfg is not None else source.architecture
             return timm.create_model(origin, pretrained=True, **source.model_args)  # type: ignore[no-any-return]
+        if source.architecture.partition("_")[0] in FROZEN_NORMS:
+            raise WeightsError(
+                f"torchvision's pretrained {source.architecture} has frozen norms, which are not "
+                "rebuilt from its name; create it with torchvision, convert it in Python, pass a "
+                "fresh one to load()"
+            )
         model = build(source)
         entry = torchvision.models.get_model_weights(source.architecture).DEFAULT
         with redirect_stdout(StringIO()):  # torch announces the download there, amid our JSON

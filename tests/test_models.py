@@ -411,6 +411,11 @@ for name in sys.argv[1:]:
 """
 
 
+def test_pretrained_detectors_with_frozen_norms_are_refused_with_the_way_out() -> None:
+    with pytest.raises(WeightsError, match=r"frozen norms.*load\(\)"):
+        lego.create("torchvision/fcos_resnet50_fpn")
+
+
 def test_offline_says_what_to_do(tmp_path: Path) -> None:
     dead = "http://127.0.0.1:9"
     proxies = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), dead)
