@@ -232,8 +232,8 @@ def write_table(results: list[dict[str, Any]], path: Path, max_params: int) -> N
     lines = [
         "# Coverage",
         "",
-        f"Printed by `python benchmarks/coverage.py` with timm {timm.__version__}, torchvision "
-        f"{torchvision.__version__}, torch {torch.__version__}.",
+        f"Printed by `python benchmarks/coverage.py --max-params {max_params:g}` with timm "
+        f"{timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}.",
         "",
         "*Checked*: converted exactly with random weights and statistics; outputs equal those of",
         "the original bit for bit, also reloaded and as dense network; gradients are finite.",
