@@ -289,7 +289,7 @@ def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
             if not isinstance(architecture, str) or not isinstance(args or {}, dict):
                 raise ValueError("its architecture is no name, or its model_args are no mapping")
             cfg = dict(cfg)
-        except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
             raise WeightsError(
                 f"no model configuration at {name!r}: {_first_line(error)}"
             ) from error
@@ -346,7 +346,13 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
     try:
         if source.library == "timm":
             origin = name if cfg is not None else source.architecture
-            return timm.create_model(origin, pretrained=True, **source.model_args)  # type: ignore[no-any-return]
+            found = None
+            if cfg is not None and cfg.get("source") == "local-dir":
+                # Named as a file: older timm reads a folder's safetensors as pickle.
+                origin, found = source.architecture, {**cfg, "source": "", "file": _weights_in(cfg)}
+            return timm.create_model(  # type: ignore[no-any-return]
+                origin, pretrained=True, pretrained_cfg=found, **source.model_args
+            )
         if source.architecture.partition("_")[0] in FROZEN_NORMS:
             raise WeightsError(
                 f"torchvision's pretrained {source.architecture} has frozen norms, which are not "
@@ -370,6 +376,15 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
             f"the pretrained weights of {name!r} cannot be had: {_first_line(error)}. "
             "Give a local file with --weights FILE, or take random weights with --no-pretrained"
         ) from error
+
+
+def _weights_in(cfg: dict[str, Any]) -> str:
+    """The weights file of a local folder in timm's layout."""
+    folder = Path(cfg["file"])
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / file).is_file():
+            return str(folder / file)
+    raise FileNotFoundError("the folder has neither model.safetensors nor pytorch_model.bin")
 
 
 def _torchvision(name: str, args: dict[str, Any]) -> nn.Module:
