@@ -232,7 +232,7 @@ def write_table(results: list[dict[str, Any]], path: Path, max_params: int) -> N
     lines = [
         "# Coverage",
         "",
-        f"From `python benchmarks/coverage.py --max-params {max_params:g}`, resumed as needed: timm "
+        f"From `python benchmarks/coverage.py --max-params {max_params:g}`, in resumed runs: timm "
         f"{timm.__version__}, torchvision {torchvision.__version__}, torch {torch.__version__}.",
         "",
         "*Checked*: converted exactly with random weights and statistics; outputs equal those of",
