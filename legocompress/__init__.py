@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from legocompress.calibrate import Calibration, calibrate_, gather, synthesise
 from legocompress.checkpoint import load, open_model, save
 from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
 from legocompress.convert import convert_
@@ -17,6 +18,7 @@ from legocompress.spec import LegoSpec, Rule
 __version__ = version("legocompress")
 
 __all__ = [
+    "Calibration",
     "Evaluation",
     "LegoError",
     "LegoModule",
@@ -25,11 +27,13 @@ __all__ = [
     "Report",
     "Rule",
     "Source",
+    "calibrate_",
     "convert_",
     "create",
     "evaluate",
     "export_dense",
     "freeze_",
+    "gather",
     "lego_modules",
     "load",
     "measure",
@@ -37,6 +41,7 @@ __all__ = [
     "open_model",
     "plan",
     "save",
+    "synthesise",
     "to_dense",
     "to_dense_",
 ]

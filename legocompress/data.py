@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from legocompress.errors import DataError
 
@@ -39,6 +40,12 @@ class Images:
         """Batches in the order of the data set: images (N, c, H, W) and labels (N,)."""
         dataset: Dataset[Any] = self.dataset
         return _Loader(dataset, batch_size, shuffle=False, num_workers=workers)
+
+    def sample(self, n_images: int, seed: int = 0) -> Images:
+        """At most `n_images` of them, drawn at random without repetition."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(self.size, generator=generator)[:n_images].tolist()
+        return replace(self, dataset=Subset(self.dataset, drawn), size=len(drawn))
 
 
 class _Loader(DataLoader[Any]):
