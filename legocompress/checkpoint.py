@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,14 +16,14 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from legocompress.codec import encode, own_tensors, packed_bytes, unpack_index
+from legocompress.codec import encode, own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
-from legocompress.convert import TORCH_DTYPES, Record
+from legocompress.convert import TORCH_DTYPES, Record, dequantized
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, SpecError, UsageError
 from legocompress.files import check_free, write_tensors, writing
 from legocompress.models import Source, build, create, source_of
 from legocompress.probe import model_cfg
-from legocompress.spec import LegoSpec, StorageDtype, UnitShape
+from legocompress.spec import FilterDtype, LegoSpec, StorageDtype, UnitShape
 
 FORMAT_VERSION = 1
 VERSION = version("legocompress")
@@ -44,7 +43,7 @@ class LayerConfig(_Strict):
     n_lego: int = Field(ge=1, le=2**31)
     n_split: int = Field(ge=1, le=2**31)
     n_terms: int = Field(ge=1, le=2**31)
-    dtype: StorageDtype
+    dtype: FilterDtype
     coefficients_dtype: StorageDtype | None
     memory_dtype: Literal["float32", "float16", "bfloat16", "float64"]
     weight_error: float | None = None
@@ -316,9 +315,14 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
 def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
     """Give the dense model the config's Lego modules and the file's tensors, all checked."""
     for name, layer in block.layers.items():
-        _become_layer_(model, name, layer)
+        _become_layer_(model, name, layer, file)
     own = own_tensors(model)
-    stored = set(file.keys())
+    scales = {
+        scales_name(_within(name, "lego_filters"))
+        for name, layer in block.layers.items()
+        if layer.dtype == "int8"
+    }
+    stored = set(file.keys()) - scales
     if stored != own.keys():
         odd = sorted(stored ^ own.keys())[0]
         state = "unknown" if odd in stored else "missing"
@@ -336,7 +340,13 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
             if stored_as.dtype != TORCH_DTYPES[expected]:
                 raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, config: {expected}")
             memory = MEMORY_DTYPES[block.layers[owner].memory_dtype]
-            tensor.data = stored_as.to(memory)
+            if stored_as.dtype == torch.int8:
+                if bool((stored_as == -128).any()):
+                    raise CheckpointError(f"tensor {name!r} holds -128, outside -127 to 127")
+                unit_scales = _read_scales(file, scales_name(name), module.lego_shape)
+                tensor.data = dequantized(stored_as, unit_scales, memory)
+            else:
+                tensor.data = stored_as.to(memory)
         elif stored_as.dtype != tensor.dtype and not (
             tensor.is_floating_point() and stored_as.dtype in MEMORY_DTYPES.values()
         ):
@@ -355,7 +365,11 @@ def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     return module
 
 
-def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
+def _within(owner: str, leaf: str) -> str:
+    return f"{owner}.{leaf}" if owner else leaf
+
+
+def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -> None:
     module = _find(model, name)
     n_out, channels, *kernel = module.weight.shape
     kh, kw = kernel or (1, 1)
@@ -369,13 +383,15 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
         raise CheckpointError(f"layer {name!r}: n_terms={layer.n_terms} exceeds the Lego filters")
     shape = UnitShape(n_out, channels, (kh, kw), groups, layer.n_lego, layer.n_split, layer.n_terms)
     slots = (shape.n_split, n_out, shape.n_terms)
-    if math.prod(slots) > 2**31:
-        raise CheckpointError(f"layer {name!r}: {math.prod(slots):,} slots are too many")
+    # Before memory is taken for them.
+    bank = (shape.n_lego, shape.width, kh, kw)
+    _check_shape(file, _within(name, "lego_filters"), bank)
+    _check_shape(file, _within(name, "index"), (packed_bytes(shape),))
     empty: Callable[..., Tensor] = torch.empty
     become_lego_(
         module,
         shape,
-        empty(shape.n_lego, shape.width, kh, kw),
+        empty(bank),
         torch.empty(slots, dtype=torch.int64),
         None if layer.coefficients_dtype is None else empty(slots),
         layer.dtype,
@@ -396,6 +412,13 @@ def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     # A copy is aligned in memory; unaligned, as in the file, convs round differently.
     return tensor.clone()
+
+
+def _read_scales(file: Any, name: str, shape: UnitShape) -> Tensor:
+    scales = _read(file, name, (shape.n_lego,))
+    if scales.dtype != torch.bfloat16 or not bool((scales.isfinite() & (scales > 0)).all()):
+        raise CheckpointError(f"tensor {name!r} does not hold positive finite scales in bf16")
+    return scales
 
 
 def _read_index(file: Any, name: str, shape: UnitShape) -> Tensor:
