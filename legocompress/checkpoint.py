@@ -96,7 +96,20 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         skipped=record.skipped if isinstance(record, Record) else {},
         layers=layers,
     )
-    config = {
+    config = timm_config(model, source)
+    config["compression_config"] = block.model_dump(mode="json")
+    text = config_text(config)
+    target = Path(path)
+    check_target(target, force)
+    with writing(target, force, folder=True) as folder:
+        write_tensors(encode(model), folder / TENSORS)
+        (folder / CONFIG).write_text(text)
+    return target
+
+
+def timm_config(model: nn.Module, source: Source) -> dict[str, Any]:
+    """What timm's hub folders say about a network in their config.json."""
+    return {
         "architecture": source.architecture,
         "num_classes": getattr(model, "num_classes", None),
         "num_features": getattr(model, "num_features", None),
@@ -104,18 +117,15 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
             filter_pretrained_cfg(model_cfg(model), remove_source=True, remove_null=True)
         ),
         "model_args": source.model_args,
-        "compression_config": block.model_dump(mode="json"),
     }
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A configuration as the text of a config.json; CheckpointError if it is not plain JSON."""
     try:
-        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        return json.dumps(config, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model's configuration is not plain JSON: {error}") from error
-    target = Path(path)
-    check_target(target, force)
-    with writing(target, force, folder=True) as folder:
-        write_tensors(encode(model), folder / TENSORS)
-        (folder / CONFIG).write_text(text)
-    return target
 
 
 def check_target(target: Path, force: bool) -> None:

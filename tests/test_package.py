@@ -36,6 +36,8 @@ LAYERS = [
     "codec",
     "checkpoint",
     "export",
+    "program",
+    "onnx_file",
     "__init__",
 ]
 PACKAGE = ROOT / "legocompress"
