@@ -16,6 +16,7 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from legocompress.bounds import building_at_most, check_arguments, check_input_size
 from legocompress.codec import encode, own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record, dequantized
@@ -268,6 +269,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
         raise CheckpointError(f"{str(path)!r} has no compression_config: not a compressed network")
     if not isinstance(config.get("pretrained_cfg", {}), (dict, type(None))):
         raise CheckpointError(f"{str(path)!r}: pretrained_cfg is no mapping")
+    check_input_size(config.get("pretrained_cfg") or {})
     written = config["compression_config"].get("format_version")
     if written != FORMAT_VERSION:
         raise CheckpointError(
@@ -305,16 +307,19 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
         )
     if not isinstance(source.model_args, dict):
         raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is no mapping")
+    check_arguments(source.model_args)
+    # A training form has several times the parts and numbers of the deployed one that is stored.
+    parts = 1000 + 100 * len(file.keys())
+    numbers = max(2**26, 1000 * (folder / TENSORS).stat().st_size)
     try:
-        skeleton = skeleton_of(source)
+        with building_at_most(parts, numbers):
+            skeleton = skeleton_of(source)
         for name in block.layers:
             _find(skeleton, name)
         for name, tensor in own_tensors(skeleton).items():
             owner, _, leaf = name.rpartition(".")
             if leaf != "weight" or owner not in block.layers:
                 _check_shape(file, name, tuple(tensor.shape))
-            if not tensor.numel() < 2**40:
-                raise CheckpointError(f"{source.architecture} would need {tensor.numel()} numbers")
         return _fresh(source)
     except CheckpointError:
         raise
@@ -366,10 +371,10 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
 
 
 def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = nn.Identity()
+    # Step by step, since get_submodule reads attributes, and so assembles weights.
+    module: nn.Module | None = model
+    for part in name.split(".") if name else []:
+        module = None if module is None else module._modules.get(part)
     if not isinstance(module, (nn.Conv2d, nn.Linear)) or isinstance(module, LegoModule):
         raise CheckpointError(f"the architecture has no conv or Linear called {name!r}")
     return module

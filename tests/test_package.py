@@ -28,6 +28,7 @@ LAYERS = [
     "probe",
     "plan",
     "files",
+    "bounds",
     "models",
     "convert",
     "data",
