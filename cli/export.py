@@ -9,6 +9,7 @@ import click
 
 import legocompress as lego
 from legocompress.errors import UsageError
+from legocompress.hub import is_hub_name
 
 from . import render
 from .options import force_option, json_option
@@ -37,7 +38,9 @@ def export(
     """Write a compressed folder as a dense state dict, a timm folder, ONNX or torch.export file."""
     if form and kind in ("dense", "timm"):
         raise UsageError(f"--to {kind} holds dense weights; --form is for onnx and pt2")
-    place = checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()
+    hub = is_hub_name(checkpoint)
+    place = Path(checkpoint.name.replace("@", "-")) if hub else checkpoint
+    place = place if place.name not in ("", "..") else place.resolve()
     middle = f"-{form}" if form not in (None, "lego") else ""
     target = out or place.with_name(f"{place.name}{middle}{ENDINGS[kind]}")
     model = lego.load(checkpoint)

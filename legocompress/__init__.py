@@ -14,6 +14,7 @@ from legocompress.models import Source, create
 from legocompress.onnx_file import export_onnx
 from legocompress.plan import Plan, plan
 from legocompress.program import Exported, export_program
+from legocompress.push import push
 from legocompress.spec import LegoSpec, Rule
 
 __version__ = version("legocompress")
@@ -42,6 +43,7 @@ __all__ = [
     "open_images",
     "open_model",
     "plan",
+    "push",
     "save",
     "to_dense",
     "to_dense_",

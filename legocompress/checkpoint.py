@@ -22,6 +22,7 @@ from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modu
 from legocompress.convert import TORCH_DTYPES, Record, dequantized
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, SpecError, UsageError
 from legocompress.files import check_free, write_tensors, writing
+from legocompress.hub import is_hub_name, local_folder
 from legocompress.models import Source, build, create, source_of
 from legocompress.probe import model_cfg
 from legocompress.spec import FilterDtype, LegoSpec, StorageDtype, UnitShape
@@ -215,14 +216,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Rebuild a compressed network from its folder; the original is not needed.
 
     Args:
-        path: the folder.
+        path: the folder, or `hf-hub:USER/REPO` (`@REVISION` may follow) for one on the hub.
         model: for a network of your own that no library builds: a fresh dense instance, which
             becomes the compressed one in place.
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer format, or not true to itself.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     config, block = read_config(folder)
     source = Source(
         block.library,
@@ -452,13 +453,16 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
     """Open a model by name: a compressed folder, a hub folder of timm's, or what `create` takes.
 
     Args:
-        name: a folder's path or a model name.
+        name: a folder's path, a hub name of such a folder, or a model name.
         create_args: passed on to `create`; a compressed folder takes none of them.
 
     Raises:
         LegoError: as `load` and `create` raise.
     """
-    folder = Path(name)
+    try:
+        folder = local_folder(name, (CONFIG,))
+    except CheckpointError:  # as `create` explains
+        return create(name, **create_args)
     if not (folder / CONFIG).is_file():
         return create(name, **create_args)
     given = [
@@ -467,10 +471,10 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
     if (folder / CONFIG).stat().st_size <= MAX_CONFIG_BYTES and "compression_config" not in (
         folder / CONFIG
     ).read_text(encoding="utf-8", errors="replace"):
-        return create(f"local-dir:{name}", **create_args)
+        return create(name if is_hub_name(name) else f"local-dir:{name}", **create_args)
     if given:
         raise UsageError(
             f"{name!r} is a compressed folder, which takes no {', '.join(given)}: it says itself "
             "what network it holds"
         )
-    return load(folder)
+    return load(name)

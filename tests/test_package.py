@@ -29,6 +29,7 @@ LAYERS = [
     "plan",
     "files",
     "bounds",
+    "hub",
     "models",
     "convert",
     "data",
@@ -39,6 +40,7 @@ LAYERS = [
     "export",
     "program",
     "onnx_file",
+    "push",
     "__init__",
 ]
 PACKAGE = ROOT / "legocompress"
