@@ -200,6 +200,50 @@ def test_export_is_loaded_by_timm(run: Run, tmp_path: Path, compressed: Path) ->
     assert run("export", compressed, "--out", path, "--force").code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["onnx"], "x.onnx"),
+        (["onnx", "--form", "dense"], "x-dense.onnx"),
+        (["pt2", "--form", "dense"], "x-dense.pt2"),
+        (["timm"], "x-timm"),
+    ],
+    ids=" ".join,
+)
+def test_export_writes_every_kind(
+    run: Run, tmp_path: Path, compressed: Path, words: list[str], name: str
+) -> None:
+    (tmp_path / "x").symlink_to(compressed)
+    ran = run("export", "x", "--to", *words, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.err == ""
+    told = json.loads(ran.out)
+    assert told["out"] == name
+    files = [f for f in (Path(name), *Path(name).glob("*")) if f.is_file()]
+    assert told["bytes"] == sum(f.stat().st_size for f in files) > 0
+    if words[0] != "timm":
+        assert told["form"] == ([*words, "lego"][2] if len(words) > 1 else "lego")
+        assert told["relative_difference"] < 1e-4
+    failed(run("export", "x", "--to", *words), 2, "exists already", "--force")
+
+
+def test_export_shows_how_far_off_it_is(run: Run, compressed: Path) -> None:
+    ran = run("export", compressed, "--to", "pt2", "--form", "dense", "--out", "here.pt2")
+    assert ran.code == 0
+    assert re.search(
+        r"the reloaded program against the network: \S+ \(\S+ of the largest\)", ran.out
+    )
+
+
+def test_export_tells_what_a_kind_cannot_hold(run: Run, compressed: Path, tmp_path: Path) -> None:
+    for kind in ("dense", "timm"):
+        words = ("export", compressed, "--to", kind, "--form", "lego")
+        failed(run(*words), 2, "--form is for onnx and pt2")
+    words = ("export", compressed, "--to", "pt2", "--form", "assemble-at-load", "--out", "x")
+    failed(run(*words), 2, "is for ONNX")
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_of_the_folder_one_stands_in(
     run: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +260,7 @@ def test_export_of_the_folder_one_stands_in(
 
 
 @pytest.mark.parametrize(
-    "command", ["", "convert", "inspect", "report", "evaluate", "export", "demo"]
+    "command", ["", "convert", "inspect", "report", "evaluate", "export", "push", "demo"]
 )
 def test_every_command_has_help(command: str) -> None:
     words = [command] if command else []
@@ -230,7 +274,7 @@ def test_every_command_has_help(command: str) -> None:
                 assert option.opts[0] in found.output
                 assert option.help, f"{command} {option.opts}"
     if not command:
-        assert {"convert", "inspect", "report", "evaluate", "export", "demo"} <= set(
+        assert {"convert", "inspect", "report", "evaluate", "export", "push", "demo"} <= set(
             re.findall(r"^  (\w+) ", found.output, re.MULTILINE)
         )
 
