@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from legocompress.checkpoint import CONFIG, TENSORS, check_target, config_text, timm_config
 from legocompress.conv import to_dense_
-from legocompress.errors import ExportError
+from legocompress.errors import ExportError, LegoError
 from legocompress.files import write_tensors, writing
-from legocompress.models import source_of
+from legocompress.models import create, source_of
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -54,8 +52,9 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
 def export_timm(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     """Write a dense network as a folder in timm's hub layout, with its preprocessing.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package; that is
-    done once before the folder takes its place.
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package (timm up
+    to 1.0.22 reads a local folder's safetensors as pickle, and fails). It is loaded once before it
+    takes its place.
 
     Args:
         model: the converted network, of one of timm's architectures.
@@ -96,9 +95,8 @@ def _check_loads(folder: Path, state: dict[str, Tensor], architecture: str) -> N
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    # An architecture may refuse a folder in any way.
-    except Exception as error:
+            loaded = create(f"local-dir:{folder}")
+    except LegoError as error:
         raise ExportError(f"timm does not load {architecture} from a folder: {error}") from error
     found = loaded.state_dict()
     wrong = sorted(found.keys() ^ state.keys()) or [

@@ -229,7 +229,8 @@ def export_program(
     if form == "lego":
         module = _SelfContained(*hollow_copy(model, form)).eval()
     program = trace(module, images[:2])
-    program.example_inputs = None  # type: ignore[assignment]  # else they are stored too
+    # The program is stored with its example, so that is one number, repeated.
+    program.example_inputs = ((torch.zeros(()).expand(images[:2].shape),), {})
     for node in program.graph.nodes:  # where each line came from, which is most of the file
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
