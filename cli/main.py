@@ -15,6 +15,7 @@ from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
+from .push import push
 from .report import report
 
 
@@ -28,7 +29,7 @@ def cli(debug: bool) -> None:
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-for command in (convert, inspect, calibrate, report, evaluate, export, demo):
+for command in (convert, inspect, calibrate, report, evaluate, export, push, demo):
     cli.add_command(command)
 
 

@@ -9,10 +9,13 @@ from legocompress.convert import convert_
 from legocompress.data import open_images
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
-from legocompress.export import export_dense, to_dense
+from legocompress.export import export_dense, export_timm, to_dense
 from legocompress.measure import Report, measure
 from legocompress.models import Source, create
+from legocompress.onnx_file import export_onnx
 from legocompress.plan import Plan, plan
+from legocompress.program import Exported, export_program
+from legocompress.push import push
 from legocompress.spec import LegoSpec, Rule
 
 __version__ = version("legocompress")
@@ -20,6 +23,7 @@ __version__ = version("legocompress")
 __all__ = [
     "Calibration",
     "Evaluation",
+    "Exported",
     "LegoError",
     "LegoModule",
     "LegoSpec",
@@ -32,6 +36,9 @@ __all__ = [
     "create",
     "evaluate",
     "export_dense",
+    "export_onnx",
+    "export_program",
+    "export_timm",
     "freeze_",
     "gather",
     "lego_modules",
@@ -40,6 +47,7 @@ __all__ = [
     "open_images",
     "open_model",
     "plan",
+    "push",
     "save",
     "synthesise",
     "to_dense",

@@ -28,6 +28,8 @@ LAYERS = [
     "probe",
     "plan",
     "files",
+    "bounds",
+    "hub",
     "models",
     "convert",
     "calibrate.record",
@@ -46,6 +48,9 @@ LAYERS = [
     "codec",
     "checkpoint",
     "export",
+    "program",
+    "onnx_file",
+    "push",
     "__init__",
 ]
 # Files that need no other.
