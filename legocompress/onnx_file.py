@@ -72,7 +72,7 @@ def export_onnx(
     target = Path(path)
     check_free(target, force)
     images = example_images(model, example_input, 3)
-    plain = reference(model)
+    plain = reference(model, form)
     with torch.no_grad():
         expected = plain(images)
     units: dict[str, StoredUnit] = {}

@@ -15,10 +15,9 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from legocompress.codec import stored_filters
-from legocompress.conv import LegoModule, lego_modules
+from legocompress.conv import LegoModule, lego_modules, to_dense_
 from legocompress.convert import TORCH_DTYPES, rounded
 from legocompress.errors import ExportError, UsageError
-from legocompress.export import to_dense
 from legocompress.files import check_free, writing
 from legocompress.probe import default_input
 
@@ -138,9 +137,20 @@ def hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, StoredU
     return Hollow(copied), units
 
 
-def reference(model: nn.Module) -> nn.Module:
-    """The network that an export is held against: dense, float32, on the CPU, in eval mode."""
-    return to_dense(model).float().to(memory_format=torch.contiguous_format).cpu().eval()
+def reference(model: nn.Module, form: Form) -> nn.Module:
+    """The network that an export is held against: dense, float32, on the CPU, in eval mode.
+
+    Forms that store units round them, as `save` does, where training has moved them.
+    """
+    copied = copy.deepcopy(model)
+    for _, module in lego_modules(copied) if form != "dense" else ():
+        module.frozen_weight = None
+        module.lego_filters.data = rounded(module.lego_filters.data, module.storage_dtype)
+        if module.coefficients is not None:
+            gains = rounded(module.coefficients.data, module.coefficients_dtype)
+            module.coefficients.data = gains
+    dense = to_dense_(copied).float().to(memory_format=torch.contiguous_format)
+    return dense.cpu().eval()
 
 
 def example_images(model: nn.Module, example_input: Tensor | None, batch: int = 2) -> Tensor:
@@ -224,7 +234,7 @@ def export_program(
     target = Path(path)
     check_free(target, force)
     images = example_images(model, example_input, 3)
-    expected = reference(model)
+    expected = reference(model, form)
     module: nn.Module = expected
     if form == "lego":
         module = _SelfContained(*hollow_copy(model, form)).eval()

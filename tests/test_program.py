@@ -151,7 +151,25 @@ def test_half_precision_networks_run_in_fp32(tmp_path: Path) -> None:
     x = example_images(model, image)
     assert x.dtype == torch.float32
     program = torch.export.load(found.path).module()
-    torch.testing.assert_close(outputs(program, x), outputs(reference(model), x))
+    torch.testing.assert_close(outputs(program, x), outputs(reference(model, "dense"), x))
+
+
+def test_what_training_has_moved_is_rounded_as_in_the_checkpoint(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3))
+    image = torch.zeros(1, 3, 12, 12)
+    spec = lego.LegoSpec(m=0.5, o=2, dtype="int8", allow_expansion=True)
+    lego.convert_(model, lego.plan(model, spec, image))
+    for _, unit in lego.lego_modules(model):
+        unit.lego_filters.data += 0.1 * torch.randn_like(unit.lego_filters)
+    lego.save(model, tmp_path / "saved")
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3))
+    saved = lego.load(tmp_path / "saved", model=plain)
+    found = lego.export_program(model, tmp_path / "x.pt2", example_input=image)
+    assert found.relative_difference < 1e-5
+    x = torch.randn(2, 3, 12, 12)
+    theirs = outputs(torch.export.load(found.path).module(), x)
+    torch.testing.assert_close(theirs, outputs(saved, x), rtol=1e-5, atol=1e-6)
+    assert float((theirs - outputs(model.eval(), x)).abs().max()) > 1e-4
 
 
 class Counting(nn.Module):
