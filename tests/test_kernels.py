@@ -372,7 +372,8 @@ packed = kernels.pack(shape, torch.randn(16, 8, 3, 3), torch.randint(0, 16, (2, 
 x = torch.randn(1, 16, 40, 40)
 
 def run(_):
-    return kernels.lego_conv2d(x, packed, None, None, (1, 1), (1, 1), (1, 1), "none")[0, :, 5, 6].tolist()
+    y = kernels.lego_conv2d(x, packed, None, None, (1, 1), (1, 1), (1, 1), "none")
+    return y[0, :, 5, 6].tolist()
 
 torch.set_num_threads(2)
 with torch.inference_mode():

@@ -150,7 +150,7 @@ def lego_conv2d(
         type(x) is not Tensor
         or torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._len_torch_dispatch_stack()
     ):
         return torch.ops.legocompress.lego_conv2d(  # type: ignore[no-any-return]
