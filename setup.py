@@ -13,7 +13,15 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("legocompress/kernels/src")
 # fp-contract: products and sums become one instruction. psabi: no vector crosses a function.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi", "-pthread"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-pthread",
+]
 # Each instruction set is a file of its own, so that no other code is compiled for it.
 X86_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
@@ -36,6 +44,20 @@ class BuildKernels(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
+        """Build, or say once and clearly that the package goes on without."""
+        try:
+            self.build_library(ext)
+        except Exception as error:
+            if os.environ.get("LEGOCOMPRESS_REQUIRE_KERNELS"):
+                ext.optional = False
+                raise
+            logging.getLogger("legocompress").warning(
+                "legocompress: no compiled kernels (%s). Everything works on the other routes, "
+                "slower; install again where g++ or clang++ is at hand to have them.",
+                str(error).partition("\n")[0],
+            )
+
+    def build_library(self, ext: Extension) -> None:
         """Compile each source with its own flags and link them."""
         x86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
         objects = []
@@ -51,19 +73,6 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects, str(target), extra_postargs=["-pthread"], target_lang="c++"
         )
-
-    def run(self) -> None:
-        """Build, or say once and clearly that the package goes on without."""
-        try:
-            super().run()
-        except Exception as error:
-            if os.environ.get("LEGOCOMPRESS_REQUIRE_KERNELS"):
-                raise
-            logging.getLogger("legocompress").warning(
-                "legocompress: no compiled kernels (%s). Everything works on the other routes, "
-                "slower; install again where g++ or clang++ is at hand to have them.",
-                str(error).partition("\n")[0],
-            )
 
 
 setup(

@@ -27,6 +27,7 @@ LAYERS = [
     "kernels.library",
     "kernels.operator",
     "kernels.pack",
+    "kernels.triton_merge",
     "kernels",
     "conv",
     "probe",
