@@ -60,5 +60,9 @@ class DataError(LegoError):
     """Images cannot be found or read."""
 
 
+class KernelError(LegoError):
+    """The fused kernel is not there, cannot run this layer, or was called with what cannot fit."""
+
+
 class OutputError(LegoError):
     """An output could not be written."""

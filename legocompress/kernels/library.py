@@ -1,0 +1,104 @@
+"""The compiled kernels: finding the library, loading it, and calling it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import struct
+import sys
+from pathlib import Path
+
+from legocompress.errors import KernelError
+
+# The status codes of lego_conv2d in src/driver.cpp.
+_FAULTS = {
+    1: "the packed buffer is damaged or was made by another version; pack the unit again",
+    2: "the packed buffer names a row that it does not have; pack the unit again",
+    3: "the sizes of the call do not fit the packed unit",
+    4: "there is not enough memory for the kernel's buffers",
+    5: "no kernel runs on this CPU",
+}
+# The fields of LegoCall in src/driver.cpp, in order, each of 8 bytes.
+ARGUMENTS = struct.Struct("=21q")
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library and its instruction set, or None and the reason."""
+    folder = Path(__file__).parent
+    found = sorted(p for p in folder.glob("_lego.*") if p.suffix in (".so", ".dylib", ".pyd"))
+    if not found:
+        return None, (
+            "legocompress was installed without its compiled kernels; install it again where a "
+            "C++17 compiler (g++ or clang++) is at hand"
+        )
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        library.lego_isa.restype = ctypes.c_char_p
+        library.lego_isa.argtypes = []
+        library.lego_conv2d.restype = ctypes.c_int64
+        library.lego_conv2d.argtypes = [ctypes.c_char_p]
+        library.lego_use_openmp.restype = None
+        library.lego_use_openmp.argtypes = [ctypes.c_void_p]
+    except (OSError, AttributeError) as error:
+        return None, f"the compiled kernels cannot be loaded: {error}"
+    isa = library.lego_isa()
+    if isa is None:
+        asked = os.environ.get("LEGOCOMPRESS_ISA", "")
+        return None, (
+            f"LEGOCOMPRESS_ISA={asked} names no instruction set that this build and CPU have; "
+            "unset it, or set it to portable"
+        )
+    parallel = _openmp()
+    if parallel is not None:
+        library.lego_use_openmp(parallel)
+    return library, isa.decode()
+
+
+def _openmp() -> int | None:
+    """The address of GOMP_parallel of the OpenMP that PyTorch has loaded, if it is of that kind."""
+    if sys.platform != "linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def available() -> bool:
+    """Whether the compiled kernels are there and this CPU can run them."""
+    return _load()[0] is not None
+
+
+def why_unavailable() -> str | None:
+    """Why the compiled kernels cannot be used, in one sentence; None where they can."""
+    library, text = _load()
+    return text if library is None else None
+
+
+def isa() -> str:
+    """The instruction set of the kernels in use: 'avx512', 'avx2', 'neon' or 'portable'.
+
+    Raises:
+        KernelError: there are no compiled kernels.
+    """
+    library, text = _load()
+    if library is None:
+        raise KernelError(text)
+    return text
+
+
+def call(arguments: bytes) -> None:
+    """Run one convolution; the arguments are a LegoCall of src/driver.cpp, by `ARGUMENTS`.
+
+    Raises:
+        KernelError: there are no compiled kernels, or they refuse the call.
+    """
+    library, text = _load()
+    if library is None:
+        raise KernelError(text)
+    status = library.lego_conv2d(arguments)
+    if status:
+        raise KernelError(f"the fused kernel refused: {_FAULTS.get(status, f'status {status}')}")

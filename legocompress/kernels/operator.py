@@ -1,0 +1,241 @@
+"""The operators legocompress::lego_conv2d (compiled) and ::lego_conv2d_table (plain PyTorch)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from legocompress.errors import KernelError
+from legocompress.kernels.library import ARGUMENTS, call
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu")
+_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+# Typed as Any: its methods carry no annotations.
+_LIBRARY: Any = torch.library.Library("legocompress", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "lego_conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[2] stride, "
+    "int[2] padding, int[2] dilation, str activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "lego_conv2d_table(Tensor x, Tensor lego_filters, Tensor index, Tensor? coefficients, "
+    "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _output_sizes(
+    x: Sequence[Any],
+    packed: Sequence[Any],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Any, Any, Any, Any]:
+    n_out, _, kh, kw, _ = packed
+    height = (x[2] + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    width = (x[3] + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    return x[0], n_out, height, width
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+@functools.lru_cache(maxsize=4096)
+def _geometry(
+    x: tuple[int, ...],
+    packed: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
+    """Sizes of the output, and the part of the arguments that depends on sizes alone."""
+    if len(x) != 4 or len(packed) != 5:
+        raise KernelError(f"x is {x}; the fused kernel wants (B, c, H, W)")
+    sizes = _output_sizes(x, packed, stride, padding, dilation)
+    if min(sizes[2:]) < 1:
+        raise KernelError(f"an input of {x} leaves no output pixel")
+    return sizes, (x[0], x[2], x[3], *sizes[2:], *stride, *padding, *dilation)
+
+
+def _check(name: str, tensor: Tensor, sizes: tuple[int, ...] | None) -> None:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise KernelError(
+            f"{name} is {tensor.dtype} on {tensor.device}; the fused kernel runs float32 on "
+            "the CPU, other routes run the rest"
+        )
+    if sizes is not None and tensor.shape != sizes:
+        raise KernelError(f"{name} is {tuple(tensor.shape)}; the unit wants {sizes}")
+
+
+def _run(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    sizes, numbers = _geometry(
+        x.shape, packed.shape, tuple(stride), tuple(padding), tuple(dilation)
+    )
+    code = _ACTIVATION_CODES.get(activation)
+    if code is None:
+        raise KernelError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if packed.dtype != torch.uint8 or packed.is_cuda or not packed.is_contiguous():
+        raise KernelError("packed is no buffer of legocompress.kernels.pack on the CPU")
+    _check("x", x, None)
+    last = False
+    if not x.is_contiguous():
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        x = x if last else x.contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    y = torch.empty(sizes, dtype=torch.float32, memory_format=layout)
+    # The kernel reads contiguous blocks; these names keep the copies of any view alive.
+    bias_at = residual_at = 0
+    if bias is not None:
+        _check("bias", bias, sizes[1:2])
+        bias = bias.contiguous()
+        bias_at = bias.data_ptr()
+    if residual is not None:
+        _check("residual", residual, sizes)
+        residual = residual.contiguous(memory_format=layout)
+        residual_at = residual.data_ptr()
+    if sizes[0]:
+        arguments = (packed.data_ptr(), packed.numel(), x.data_ptr(), x.shape[1], bias_at)
+        rest = (last, code, torch.get_num_threads())
+        call(ARGUMENTS.pack(*arguments, residual_at, y.data_ptr(), *numbers, *rest))
+    return y
+
+
+def lego_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """Call the operator of this name, past PyTorch's dispatcher where that would only pass it on.
+
+    The dispatcher costs a Python operator some 20 to 40 microseconds a call. It is kept for
+    gradients, tracing, compilation, modes and subclasses of Tensor.
+
+    Args:
+        x: (B, c, H, W) float32, contiguous or channels last; the output has the same format.
+        packed: by `pack`.
+        bias: (n,) or None.
+        residual: (B, n, H', W'), added before the activation, or None.
+        stride: of the conv, two numbers.
+        padding: of the conv, two numbers of zero pixels.
+        dilation: of the conv, two numbers.
+        activation: 'none', 'relu', 'relu6' or 'silu'.
+
+    Raises:
+        KernelError: tensors of another dtype, device or size, or a packed buffer that is damaged.
+    """
+    if (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return torch.ops.legocompress.lego_conv2d(  # type: ignore[no-any-return]
+            x, packed, bias, residual, stride, padding, dilation, activation
+        )
+    return _run(x, packed, bias, residual, stride, padding, dilation, activation)
+
+
+def _lego_conv2d_fake(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    sizes = _output_sizes(x.shape, packed.shape, stride, padding, dilation)
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _refuse_gradient(ctx: Any, *gradients: Any) -> Any:
+    raise KernelError(
+        "the fused kernel has no gradient, since its packed filters cannot learn; train with the "
+        "route 'assemble'"
+    )
+
+
+def _lego_conv2d_table(
+    x: Tensor,
+    lego_filters: Tensor,
+    index: Tensor,
+    coefficients: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Split, transform by one plain conv, merge by embedding_bag over the intermediate map."""
+    n_split, n_out, n_terms = index.shape
+    n_lego, width = lego_filters.shape[:2]
+    batch, channels, height, columns = x.shape
+    n_parts = groups * n_split
+    missing = n_parts * width - channels
+    if missing:
+        x = x.reshape(batch * groups, channels // groups, height, columns)
+        x = F.pad(x, (0, 0, 0, 0, 0, missing // groups))
+    parts = x.reshape(batch * n_parts, width, height, columns)
+    z = F.conv2d(parts, lego_filters, None, stride, padding, dilation)
+    out_h, out_w = z.shape[2], z.shape[3]
+    table = z.reshape(batch * n_parts * n_lego, out_h * out_w)
+    group = torch.arange(n_out, device=index.device) // (n_out // groups)
+    split = torch.arange(n_split, device=index.device)
+    part = group[None, :] * n_split + split[:, None]
+    slots = (index + part[:, :, None] * n_lego).permute(1, 0, 2).reshape(1, n_out, -1)
+    image = torch.arange(batch, device=index.device)[:, None, None] * (n_parts * n_lego)
+    bags = (slots + image).reshape(batch * n_out, n_split * n_terms)
+    gains = None
+    if coefficients is not None:
+        gains = coefficients.to(z.dtype).permute(1, 0, 2).reshape(1, n_out, -1)
+        gains = gains.expand(batch, -1, -1).reshape(bags.shape)
+    y = F.embedding_bag(bags, table, mode="sum", per_sample_weights=gains)
+    y = y.reshape(batch, n_out, out_h, out_w)
+    return y if bias is None else y + bias.reshape(1, -1, 1, 1)
+
+
+_LIBRARY.impl("lego_conv2d", _run, "CPU")
+_LIBRARY.impl("lego_conv2d_table", _lego_conv2d_table, "CompositeImplicitAutograd")
+torch.library.register_fake("legocompress::lego_conv2d", _lego_conv2d_fake, lib=_LIBRARY)
+torch.library.register_autograd("legocompress::lego_conv2d", _refuse_gradient, lib=_LIBRARY)
+
+
+def lego_conv2d_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count for fvcore: one MAC a filter value and a summed row, for each output pixel.
+
+    Read off the packed buffer's size, whose padding counts too: up to 3 % high in small units.
+    """
+    sizes = outputs[0].type().sizes()
+    n_out, n_sum, kh, kw, row_bytes = inputs[1].type().sizes()
+    values = (n_out * n_sum * kh * kw * row_bytes - 256) // 4 - 2 * n_out * n_sum
+    return int((values + n_out * n_sum) * sizes[0] * sizes[2] * sizes[3])
+
+
+FVCORE_HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
+    "legocompress::lego_conv2d": lego_conv2d_macs
+}

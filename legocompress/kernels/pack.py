@@ -1,0 +1,179 @@
+"""A Lego unit packed once into the buffer that the compiled kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from legocompress.errors import KernelError
+from legocompress.spec import UnitShape
+
+# The same numbers stand in src/lego.h.
+_MAGIC, _VERSION = 0x4F47454C, 1
+_HEAD_BYTES = 16 * 8
+_PANEL = 6
+_SLACK = 16
+MAX_TAPS = 1024
+TRANSFORMS = ("direct", "winograd")
+
+# Weight transform of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, 2016).
+_WINOGRAD_G = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+
+def supports(
+    shape: UnitShape,
+    stride: Sequence[int],
+    padding: str | Sequence[int],
+    dilation: Sequence[int],
+    transform: str = "direct",
+) -> bool:
+    """Whether the fused kernel can run a unit: no groups, padding in numbers of pixels.
+
+    'winograd' wants a 3 x 3 kernel with stride 1 and dilation 1.
+    """
+    if transform not in TRANSFORMS or isinstance(padding, str) or shape.groups != 1:
+        return False
+    if shape.kernel[0] * shape.kernel[1] > MAX_TAPS:
+        return False
+    if transform == "direct":
+        return True
+    plain = all(step == 1 for step in (*stride, *dilation))
+    return plain and shape.kernel == (3, 3)
+
+
+def pack(
+    shape: UnitShape,
+    lego_filters: Tensor,
+    index: Tensor,
+    coefficients: Tensor | None,
+    *,
+    transform: str = "direct",
+) -> Tensor:
+    """Pack a unit for `torch.ops.legocompress.lego_conv2d`; every index is checked here, once.
+
+    Each split keeps only the Lego filters that its slots name. The result is an opaque uint8 buffer
+    on the CPU, the same on every CPU of a byte order; its sizes are (n, o * k, kh, kw, rest), which
+    is where the operator's fake kernel finds the sizes of its output.
+
+    Args:
+        shape: sizes of the unit.
+        lego_filters: (m, q, kh, kw).
+        index: (o, n, k) integers in [0, m).
+        coefficients: (o, n, k), or None for all ones.
+        transform: 'direct', or 'winograd' (F(4 x 4, 3 x 3): 3 x 3, stride 1 and dilation 1 only).
+
+    Raises:
+        KernelError: sizes that do not fit each other, an index out of range, values that are not
+            finite, or a unit that the kernel does not support.
+    """
+    _check(shape, lego_filters, index, coefficients, transform)
+    kh, kw = shape.kernel
+    bank = lego_filters.detach().to("cpu", torch.float64)
+    taps = bank.reshape(shape.n_lego, shape.width, kh * kw)
+    if transform == "winograd":
+        g = torch.tensor(_WINOGRAD_G, dtype=torch.float64)
+        taps = torch.einsum("ai,mqij,bj->mqab", g, bank, g).reshape(shape.n_lego, shape.width, 36)
+    slots = index.detach().to("cpu", torch.int64)
+    rows = torch.empty(shape.n_out, shape.n_split, shape.n_terms, dtype=torch.int32)
+    split_rows, filters, base = [], [], 0
+    for i in range(shape.n_split):
+        used, position = torch.unique(slots[i], return_inverse=True)
+        rows[:, i] = (position + base).to(torch.int32)
+        base += used.numel()
+        split_rows.append(used.numel())
+        channels = max(0, min(shape.width, shape.channels - i * shape.width))
+        chosen = taps.index_select(0, used)[:, :channels]
+        if transform == "winograd":
+            filters.append(_panels(chosen.permute(2, 0, 1)))
+        else:
+            filters.append(_panels(chosen.reshape(1, used.numel(), -1)))
+    filters.append(torch.zeros(_SLACK, dtype=torch.float64))
+    gains = torch.ones(shape.n_split, shape.n_out, shape.n_terms, dtype=torch.float32)
+    if coefficients is not None:
+        gains = coefficients.detach().to("cpu", torch.float32)
+    sections = [
+        _bytes(torch.tensor(split_rows, dtype=torch.int64)),
+        _bytes(torch.cat(filters).to(torch.float32)),
+        _bytes(rows),
+        _bytes(gains.transpose(0, 1)),
+    ]
+    n_sum = shape.n_split * shape.n_terms
+    places, end = [], _HEAD_BYTES
+    for section in sections:
+        places.append(end)
+        end += -(-section.numel() // 64) * 64
+    row_bytes = -(-end // (shape.n_out * n_sum * kh * kw))
+    total = row_bytes * shape.n_out * n_sum * kh * kw
+    head = [
+        _MAGIC, _VERSION, total, shape.n_out, shape.channels, shape.width, kh, kw, shape.n_split,
+        n_sum, TRANSFORMS.index(transform), base, *places,
+    ]  # fmt: skip
+    packed = torch.zeros(total, dtype=torch.uint8)
+    packed[:_HEAD_BYTES] = _bytes(torch.tensor(head, dtype=torch.int64))
+    for place, section in zip(places, sections, strict=True):
+        packed[place : place + section.numel()] = section
+    return packed.reshape(shape.n_out, n_sum, kh, kw, row_bytes)
+
+
+def _panels(filters: Tensor) -> Tensor:
+    """Filters (frequencies, rows, values) side by side, at most 6 of them, as even as can be."""
+    frequencies, rows, values = filters.shape
+    count = -(-rows // _PANEL)
+    small, n_tall = divmod(rows, count)
+    cut = n_tall * (small + 1)
+    tall = filters[:, :cut].reshape(frequencies, n_tall, small + 1, values)
+    rest = filters[:, cut:].reshape(frequencies, count - n_tall, small, values)
+    parts = [part.transpose(2, 3).reshape(frequencies, -1) for part in (tall, rest)]
+    return torch.cat(parts, 1).flatten()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _check(
+    shape: UnitShape,
+    lego_filters: Tensor,
+    index: Tensor,
+    coefficients: Tensor | None,
+    transform: str,
+) -> None:
+    if transform not in TRANSFORMS:
+        raise KernelError(
+            f"transform {transform!r} is not known; there are {', '.join(TRANSFORMS)}"
+        )
+    if not supports(shape, (1, 1), (0, 0), (1, 1), transform):
+        raise KernelError(
+            f"the fused kernel has no {transform!r} form of a unit with groups={shape.groups} and "
+            f"kernel {shape.kernel}; use another route"
+        )
+    wanted = {
+        "lego_filters": (lego_filters, (shape.n_lego, shape.width, *shape.kernel)),
+        "index": (index, (shape.n_split, shape.n_out, shape.n_terms)),
+        "coefficients": (coefficients, (shape.n_split, shape.n_out, shape.n_terms)),
+    }
+    for name, (tensor, sizes) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != sizes:
+            raise KernelError(f"{name} is {tuple(tensor.shape)}; the unit wants {sizes}")
+        if tensor is not None and tensor.is_floating_point() != (name != "index"):
+            raise KernelError(f"{name} is {tensor.dtype}; index has integers, the others floats")
+    if index.dtype == torch.bool:
+        raise KernelError("index is torch.bool; give integers")
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= shape.n_lego:
+        raise KernelError(
+            f"index holds {low if low < 0 else high}, but the {shape.n_lego} Lego filters are "
+            f"numbered 0 to {shape.n_lego - 1}"
+        )
+    for name, tensor in (("lego_filters", lego_filters), ("coefficients", coefficients)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise KernelError(f"{name} holds values that are not finite")

@@ -1,0 +1,307 @@
+// The library's C interface: choose the kernels for this CPU, check a call, and run its tiles.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "lego.h"
+#include "threads.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace lego {
+namespace {
+
+bool cpu_runs(const char* isa) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (!std::strcmp(isa, "avx2")) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+  if (!std::strcmp(isa, "avx512")) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  }
+#endif
+  return std::strcmp(isa, "avx2") && std::strcmp(isa, "avx512");
+}
+
+// The best of this build that this CPU runs; LEGOCOMPRESS_ISA asks for one by name.
+const Kernel* choose_kernel() {
+  const Kernel* all[] = {avx512_kernel(), avx2_kernel(), neon_kernel(), portable_kernel()};
+  const char* asked = std::getenv("LEGOCOMPRESS_ISA");
+  for (const Kernel* kernel : all) {
+    if (!kernel || !cpu_runs(kernel->name)) continue;
+    if (!asked || !*asked || !std::strcmp(asked, kernel->name)) return kernel;
+  }
+  return nullptr;
+}
+
+const Kernel* kernel() {
+  static const Kernel* chosen = choose_kernel();
+  return chosen;
+}
+
+// Floats on a cache line's boundary that grow and stay: one a thread.
+class Buffer {
+ public:
+  ~Buffer() { std::free(raw_); }
+  // Null where there is no memory.
+  float* floats(int64_t n) {
+    if (n > size_) {
+      std::free(raw_);
+      raw_ = std::malloc(static_cast<size_t>(n) * 4 + 64);
+      size_ = raw_ ? n : 0;
+    }
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(raw_) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  void* raw_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Buffer t_scratch, t_z;
+
+int64_t env_number(const char* name, int64_t usual) {
+  const char* text = std::getenv(name);
+  return text && *text ? std::atoll(text) : usual;
+}
+
+enum Status : int64_t {
+  kDone = 0,
+  kBadHeader = 1,
+  kBadRows = 2,
+  kBadCall = 3,
+  kNoMemory = 4,
+  kNoKernel = 5,
+};
+
+// Whether [at, at + count * size) lies in the buffer after its head, aligned.
+bool inside(const Header& h, int64_t at, int64_t count, int64_t size) {
+  return at >= static_cast<int64_t>(sizeof(Header)) && at % size == 0 && count >= 0 &&
+         at <= h.bytes && count <= (h.bytes - at) / size;
+}
+
+int64_t multiply(int64_t a, int64_t b) {  // saturating; both at least 0
+  return b && a > INT64_MAX / 4 / b ? INT64_MAX / 4 : a * b;
+}
+
+Status read_unit(const char* packed, int64_t bytes, Conv& v) {
+  if (bytes < static_cast<int64_t>(sizeof(Header)) || reinterpret_cast<uintptr_t>(packed) % 8) {
+    return kBadHeader;
+  }
+  const Header& h = *reinterpret_cast<const Header*>(packed);
+  if (h.magic != kMagic || h.version != kVersion || h.bytes != bytes) return kBadHeader;
+  for (int64_t size : {h.n_out, h.channels, h.width, h.kernel_h, h.kernel_w, h.n_split, h.n_sum}) {
+    if (size < 1 || size > INT32_MAX) return kBadHeader;
+  }
+  if (h.kernel_h * h.kernel_w > kMaxTaps || h.n_split > bytes) return kBadHeader;
+  if (h.transform != kDirect && h.transform != kWinograd) return kBadHeader;
+  if (h.transform == kWinograd && (h.kernel_h != 3 || h.kernel_w != 3)) return kBadHeader;
+  if (h.n_split * h.width < h.channels) return kBadHeader;
+  const int64_t sums = multiply(h.n_out, h.n_sum);
+  if (!inside(h, h.split_rows_at, h.n_split, 8) || !inside(h, h.rows_at, sums, 4) ||
+      !inside(h, h.coefficients_at, sums, 4)) {
+    return kBadHeader;
+  }
+  v.head = &h;
+  v.split_rows = reinterpret_cast<const int64_t*>(packed + h.split_rows_at);
+  // The filters' sizes below are of Winograd's 36 frequencies, or of the kernel's taps.
+  const int64_t taps = h.transform == kWinograd ? 36 : h.kernel_h * h.kernel_w;
+  int64_t rows = 0, floats = kSlack;
+  for (int64_t i = 0; i < h.n_split; i++) {
+    const int64_t n = v.split_rows[i];
+    if (n < 0 || n > INT32_MAX) return kBadHeader;
+    const int64_t channels =
+        std::max<int64_t>(0, std::min(h.width, h.channels - i * h.width));
+    rows += n;
+    floats += multiply(n, channels * taps);
+    if (rows > INT32_MAX || floats > INT64_MAX / 8) return kBadHeader;
+  }
+  if (rows != h.n_rows || !inside(h, h.filters_at, floats, 4)) return kBadHeader;
+  v.filters = reinterpret_cast<const float*>(packed + h.filters_at);
+  v.rows = reinterpret_cast<const int32_t*>(packed + h.rows_at);
+  v.coefficients = reinterpret_cast<const float*>(packed + h.coefficients_at);
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < sums; i++) {
+    largest = std::max(largest, static_cast<uint32_t>(v.rows[i]));
+  }
+  return static_cast<int64_t>(largest) < h.n_rows ? kDone : kBadRows;
+}
+
+struct Job {
+  const Conv* conv;
+  const Kernel* kernel;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  int64_t n_items, parts;  // parts a split of a tile is cut into, or output channels of a tile
+  float* z;                // of all tiles, where threads share tiles
+};
+
+// Whole tiles: every thread has a Z of its own.
+void run_tiles(void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const Conv& v = *job.conv;
+  float* z = t_z.floats(v.z_floats);
+  float* scratch = t_scratch.floats(v.scratch_floats);
+  if (!z || !scratch) {
+    job.failed = true;
+    return;
+  }
+  for (int64_t tile; (tile = job.next++) < v.n_tiles;) {
+    for (int64_t split = 0; split < v.head->n_split; split++) {
+      job.kernel->transform(v, tile, split, 0, (v.split_rows[split] + kPanel - 1) / kPanel, z,
+                            scratch);
+    }
+    job.kernel->merge(v, tile, 0, v.head->n_out, z, scratch);
+  }
+}
+
+// Parts of tiles: some panels of one split of one tile, into the Z that all threads share.
+void run_parts(void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const Conv& v = *job.conv;
+  float* scratch = t_scratch.floats(v.scratch_floats);
+  if (!scratch) {
+    job.failed = true;
+    return;
+  }
+  for (int64_t item; (item = job.next++) < job.n_items;) {
+    const int64_t part = item % job.parts, split = item / job.parts % v.head->n_split;
+    const int64_t tile = item / job.parts / v.head->n_split;
+    const int64_t panels = (v.split_rows[split] + kPanel - 1) / kPanel;
+    const int64_t first = panels * part / job.parts, last = panels * (part + 1) / job.parts;
+    if (first < last) {
+      job.kernel->transform(v, tile, split, first, last, job.z + tile * v.z_floats, scratch);
+    }
+  }
+}
+
+void merge_parts(void* context) {
+  Job& job = *static_cast<Job*>(context);
+  const Conv& v = *job.conv;
+  float* scratch = t_scratch.floats(v.scratch_floats);
+  if (!scratch) {
+    job.failed = true;
+    return;
+  }
+  for (int64_t item; (item = job.next++) < job.n_items;) {
+    const int64_t part = item % job.parts, tile = item / job.parts;
+    // Multiples of 16 channels, so that blocks of channels stay whole.
+    const int64_t blocks = (v.head->n_out + 15) / 16;
+    const int64_t first = 16 * (blocks * part / job.parts);
+    const int64_t last = std::min(v.head->n_out, 16 * (blocks * (part + 1) / job.parts));
+    if (first < last) {
+      job.kernel->merge(v, tile, first, last, job.z + tile * v.z_floats, scratch);
+    }
+  }
+}
+
+Status run(const Conv& v, const Kernel& k, int threads) {
+  Job job;
+  job.conv = &v;
+  job.kernel = &k;
+  job.z = nullptr;
+  const int64_t rounds = (v.n_tiles + threads - 1) / threads;
+  // Share tiles where whole ones would leave threads idle for over an eighth of the time.
+  if (threads == 1 || 8 * v.n_tiles >= 7 * rounds * threads) {
+    on_threads(static_cast<int>(std::min<int64_t>(threads, v.n_tiles)), run_tiles, &job);
+    return job.failed ? kNoMemory : kDone;
+  }
+  job.z = t_z.floats(v.z_floats * v.n_tiles);
+  if (!job.z) return kNoMemory;
+  // Each part of a split packs (or transforms) the input again, which costs Winograd more.
+  const int64_t wanted = (v.head->transform == kWinograd ? 1 : 4) * threads;
+  const int64_t whole = v.n_tiles * v.head->n_split;
+  job.parts = std::max<int64_t>(1, (wanted + whole - 1) / whole);
+  job.n_items = v.n_tiles * v.head->n_split * job.parts;
+  on_threads(threads, run_parts, &job);
+  if (job.failed) return kNoMemory;
+  job.next = 0;
+  job.parts = 2 * threads;
+  job.n_items = v.n_tiles * job.parts;
+  on_threads(threads, merge_parts, &job);
+  return job.failed ? kNoMemory : kDone;
+}
+
+}  // namespace
+}  // namespace lego
+
+// What Python fills in; every field is 8 bytes wide.
+struct LegoCall {
+  const char* packed;
+  int64_t packed_bytes;
+  const float* x;
+  int64_t channels;
+  const float *bias, *residual;
+  float* y;
+  int64_t batch, height, width, out_h, out_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t channels_last, activation, threads;
+};
+
+// The name of the kernels that run here, or null: LEGOCOMPRESS_ISA names none that can.
+EXPORT const char* lego_isa() {
+  const lego::Kernel* k = lego::kernel();
+  return k ? k->name : nullptr;
+}
+
+EXPORT void lego_use_openmp(void* gomp_parallel) { lego::use_openmp(gomp_parallel); }
+
+// Returns a Status. The caller vouches for the sizes of x, bias, residual and y; all else is checked.
+EXPORT int64_t lego_conv2d(const LegoCall* c) {
+  using namespace lego;
+  const Kernel* k = kernel();
+  if (!k) return kNoKernel;
+  Conv v{};
+  const Status status = read_unit(c->packed, c->packed_bytes, v);
+  if (status != kDone) return status;
+  const Header& h = *v.head;
+  for (int64_t size : {c->batch, c->height, c->width, c->out_h, c->out_w, c->stride_h, c->stride_w,
+                       c->dilation_h, c->dilation_w, c->threads}) {
+    if (size < 1 || size > INT32_MAX) return kBadCall;
+  }
+  for (int64_t pad : {c->pad_h, c->pad_w}) {
+    if (pad < 0 || pad > INT32_MAX) return kBadCall;
+  }
+  const auto out = [](int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
+    const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
+    return room < 0 ? -1 : room / stride + 1;
+  };
+  if (c->channels != h.channels || c->out_h != out(c->height, c->pad_h, c->dilation_h, h.kernel_h, c->stride_h) ||
+      c->out_w != out(c->width, c->pad_w, c->dilation_w, h.kernel_w, c->stride_w) ||
+      c->activation < kNone || c->activation > kSilu) {
+    return kBadCall;
+  }
+  if (h.transform == kWinograd &&
+      (c->stride_h != 1 || c->stride_w != 1 || c->dilation_h != 1 || c->dilation_w != 1)) {
+    return kBadCall;
+  }
+  v.x = c->x;
+  v.bias = c->bias;
+  v.residual = c->residual;
+  v.y = c->y;
+  v.batch = c->batch, v.height = c->height, v.width = c->width;
+  v.out_h = c->out_h, v.out_w = c->out_w;
+  v.stride_h = c->stride_h, v.stride_w = c->stride_w;
+  v.pad_h = c->pad_h, v.pad_w = c->pad_w;
+  v.dilation_h = c->dilation_h, v.dilation_w = c->dilation_w;
+  v.channels_last = c->channels_last != 0;
+  v.activation = static_cast<Activation>(c->activation);
+  static const int64_t tile_floats = env_number("LEGO_TILE_FLOATS", 48 * 1024);
+  static const int64_t tile_pixels = env_number("LEGO_TILE", 400);
+  static const int64_t depth = env_number("LEGO_DEPTH", 384);
+  v.tile_floats = tile_floats;
+  v.tile_pixels_most = tile_pixels;
+  v.depth = depth;
+  static const int64_t patches = env_number("LEGO_PATCHES", 128);
+  v.patches = patches;
+  const int threads = static_cast<int>(c->threads);
+  k->plan(v, threads);
+  return run(v, *k, threads);
+}
