@@ -6,6 +6,7 @@ from legocompress.checkpoint import load, open_model, save
 from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
 from legocompress.convert import convert_
 from legocompress.data import open_images
+from legocompress.deploy import Deployment, deploy_, undeploy_
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
 from legocompress.export import export_dense, to_dense
@@ -17,6 +18,7 @@ from legocompress.spec import LegoSpec, Rule
 __version__ = version("legocompress")
 
 __all__ = [
+    "Deployment",
     "Evaluation",
     "LegoError",
     "LegoModule",
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "convert_",
     "create",
+    "deploy_",
     "evaluate",
     "export_dense",
     "freeze_",
@@ -39,4 +42,5 @@ __all__ = [
     "save",
     "to_dense",
     "to_dense_",
+    "undeploy_",
 ]

@@ -17,6 +17,7 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from legocompress.choices import Choices
 from legocompress.codec import encode, own_tensors, packed_bytes, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record
@@ -62,6 +63,7 @@ class CompressionConfig(_Strict):
     seed: int | None = None
     skipped: dict[str, str] = {}
     layers: dict[str, LayerConfig]
+    deployment: Choices | None = None
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
@@ -86,6 +88,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         raise CheckpointError("the model holds no Lego module; convert it before saving")
     source = _rebuildable(model, source_of(model))
     record = getattr(model, "lego_record", None)
+    choices = getattr(model, "lego_choices", None)
     block = CompressionConfig(
         format_version=FORMAT_VERSION,
         legocompress_version=VERSION,
@@ -96,6 +99,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         seed=record.seed if isinstance(record, Record) else None,
         skipped=record.skipped if isinstance(record, Record) else {},
         layers=layers,
+        deployment=choices if isinstance(choices, Choices) else None,
     )
     config = {
         "architecture": source.architecture,
@@ -232,6 +236,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     noted.lego_source = source
     if block.spec is not None:
         noted.lego_record = Record(_spec(folder, block.spec), block.seed or 0, dict(block.skipped))
+    noted.lego_choices = block.deployment
     if config.get("pretrained_cfg") is not None:
         noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()
