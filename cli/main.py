@@ -10,6 +10,7 @@ import click
 
 from legocompress.errors import LegoError
 
+from .benchmark import benchmark
 from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
@@ -27,7 +28,7 @@ def cli(debug: bool) -> None:
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-for command in (convert, inspect, report, evaluate, export, demo):
+for command in (convert, inspect, report, evaluate, export, benchmark, demo):
     cli.add_command(command)
 
 

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from legocompress.benchmark import BenchmarkRun, benchmark
 from legocompress.checkpoint import load, open_model, save
 from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
 from legocompress.convert import convert_
@@ -18,6 +19,7 @@ from legocompress.spec import LegoSpec, Rule
 __version__ = version("legocompress")
 
 __all__ = [
+    "BenchmarkRun",
     "Deployment",
     "Evaluation",
     "LegoError",
@@ -27,6 +29,7 @@ __all__ = [
     "Report",
     "Rule",
     "Source",
+    "benchmark",
     "convert_",
     "create",
     "deploy_",

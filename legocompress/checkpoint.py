@@ -63,7 +63,7 @@ class CompressionConfig(_Strict):
     seed: int | None = None
     skipped: dict[str, str] = {}
     layers: dict[str, LayerConfig]
-    deployment: Choices | None = None
+    deployment: tuple[Choices, ...] = Field(default=(), max_length=16)
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
@@ -88,7 +88,6 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         raise CheckpointError("the model holds no Lego module; convert it before saving")
     source = _rebuildable(model, source_of(model))
     record = getattr(model, "lego_record", None)
-    choices = getattr(model, "lego_choices", None)
     block = CompressionConfig(
         format_version=FORMAT_VERSION,
         legocompress_version=VERSION,
@@ -99,7 +98,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         seed=record.seed if isinstance(record, Record) else None,
         skipped=record.skipped if isinstance(record, Record) else {},
         layers=layers,
-        deployment=choices if isinstance(choices, Choices) else None,
+        deployment=getattr(model, "lego_choices", ()),
     )
     config = {
         "architecture": source.architecture,

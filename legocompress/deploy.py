@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from legocompress.choices import Choices, Format, this_machine
+from legocompress.choices import Choices, ConvRoute, Format, this_machine
 from legocompress.conv import Replacement, lego_modules
 from legocompress.errors import DeployError, UsageError
 from legocompress.graph import Graph, trace
@@ -19,6 +19,7 @@ from legocompress.probe import default_input, evaluating
 from legocompress.site import is_site
 from legocompress.tune import Routes, TunedGraph, given, in_layout, measured, misfit
 
+MAX_HINTS = 16
 ModelT = TypeVar("ModelT", bound=nn.Module)
 # Largest difference of a deployed network from its own code, relative to the largest output.
 WHOLE_TOLERANCE = {
@@ -30,7 +31,7 @@ WHOLE_TOLERANCE = {
 class Deployment:
     """What `deploy_` did, kept as `model.lego_deployment`.
 
-    `milliseconds` holds, for each layer, the median of each route in the format that was chosen;
+    `milliseconds` holds, for each layer, the median of each route in each format ('fused, nchw');
     empty where the choices were given. `notes` tells which parts could not be traced, and why.
     """
 
@@ -50,6 +51,8 @@ def deploy_(
     example_input: Any = None,
     choices: Choices | None = None,
     remeasure: bool = False,
+    only: tuple[ConvRoute, ...] | None = None,
+    formats: tuple[Format, ...] = ("nchw", "channels_last"),
     seconds: float = 60.0,
     on_layer: Callable[[str], None] | None = None,
 ) -> ModelT:
@@ -71,6 +74,8 @@ def deploy_(
             By default those of the checkpoint, if they were found on such a machine with these
             sizes and threads.
         remeasure: time the routes even where the checkpoint's choices would do.
+        only: of the routes that a layer has, time these alone, where it has one of them.
+        formats: memory formats to try.
         seconds: stop repeating the timings of whole networks after about as much.
         on_layer: called with the name of each layer that has been timed, twice a layer.
 
@@ -84,14 +89,16 @@ def deploy_(
     args = _arguments(model, example_input)
     machine = this_machine(_tensors(args))
     graphs, notes = _graphs(model, args)
-    hint = None if remeasure else getattr(model, "lego_choices", None)
-    known = choices or (hint if isinstance(hint, Choices) and hint.machine == machine else None)
+    hints: tuple[Choices, ...] = getattr(model, "lego_choices", ())
+    known = choices
+    if known is None and not remeasure and only is None:
+        known = next((hint for hint in hints if hint.machine == machine), None)
     if known is not None:
         reason = misfit([graph for graph, _ in graphs], known, _tensors(args)[0])
         if reason is not None and choices is not None:
             raise DeployError(f"the choices do not fit this network here: {reason}")
         known = known if reason is None else None
-    formats: dict[str, Format] = {}
+    chosen: dict[str, Format] = {}
     routes: Routes = {}
     times: dict[str, dict[str, float]] = {}
     installed: list[Graph] = []
@@ -99,10 +106,10 @@ def deploy_(
     for graph, example in reversed(graphs):
         inputs = _materialized(example)
         if known is None:
-            plan = measured(graph, inputs, seconds, on_layer)
+            plan = measured(graph, inputs, seconds, on_layer, only, formats)
         else:
             plan = given(graph, inputs, known)
-        formats[graph.name] = plan.layout
+        chosen[graph.name] = plan.layout
         routes.update(plan.routes)
         times.update(plan.milliseconds)
         fault = _install_(graph, plan, inputs)
@@ -115,10 +122,13 @@ def deploy_(
         if module not in covered:
             module.freeze()
     noted: Any = model
-    noted.lego_choices = Choices(machine=machine, formats=formats, routes=routes)
+    found = Choices(machine=machine, formats=chosen, routes=routes)
+    if only is None:
+        others = tuple(hint for hint in hints if hint.machine != machine)
+        noted.lego_choices = (*others, found)[-MAX_HINTS:]
     sites = [site for graph in installed for site in graph.convs]
     noted.lego_deployment = Deployment(
-        choices=noted.lego_choices,
+        choices=found,
         n_layers=len(sites),
         n_lego=sum(site.is_lego for site in sites),
         n_norms=sum(graph.n_norms for graph in installed),

@@ -17,7 +17,7 @@ from legocompress import kernels
 from legocompress.choices import ConvRoute, Format, PoolRoute
 from legocompress.conv import LegoModule, replaced_class
 from legocompress.spec import UnitShape
-from legocompress.unit import assemble, split_transform_merge
+from legocompress.unit import assemble, merge_by_table, slot_table, split_transform_merge
 
 Activation = Literal["none", "relu", "relu6", "silu"]
 Runner = Callable[[Tensor, Tensor | None], Tensor]
@@ -190,10 +190,14 @@ class ConvSite(nn.Module):
             for route, transform in (("fused", "direct"), ("winograd", "winograd")):
                 if kernels.supports(self._shape, g.stride, g.padding, g.dilation, transform):
                     found.append(route)  # type: ignore[arg-type]
-        elif self.is_lego:
-            # Plain operators lose to the kernel, so they are tried only where it is missing.
+        if self.is_lego:
             found.extend(["table", "reference"])
         return tuple(found)
+
+    @property
+    def unit(self) -> tuple[UnitShape, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Sizes, filters, index, coefficients and bias, the norm folded in; until settled."""
+        return self._shape, self._filters, self._index, self._coefficients, self._bias
 
     def prepare(self, route: ConvRoute, layout: Format, x: Tensor) -> None:
         """Pack what a route needs; `x` is an input of the size to come.
@@ -307,12 +311,18 @@ class ConvSite(nn.Module):
 
     def _table(self, layout: Format, _: Tensor) -> Runner:
         g, memory = self.geometry, LAYOUT[layout]
-        unit = (self._filters, self._index, self._coefficients, self._bias)
-        merge = torch.ops.legocompress.lego_conv2d_table
+        shape, filters, index, gains, bias = self.unit
+        tables: dict[int, tuple[Tensor, Tensor | None]] = {}
 
         def run(x: Tensor, residual: Tensor | None) -> Tensor:
             x, padding = g.place(x)
-            y = merge(x.contiguous(), *unit, g.stride, padding, g.dilation, g.groups)
+            batch = int(x.shape[0])
+            if batch not in tables:
+                tables.clear()
+                tables[batch] = slot_table(shape, index, gains, batch)
+            y = merge_by_table(
+                shape, x, filters, *tables[batch], bias, g.stride, padding, g.dilation
+            )
             return self._finish(y.contiguous(memory_format=memory), residual)
 
         return run

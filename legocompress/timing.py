@@ -11,9 +11,9 @@ import torch
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds; on one CPU thread those of the thread itself, which other processes cannot spoil."""
+    """Seconds; on one CPU thread those of this process, which other processes cannot spoil."""
     if device.type == "cpu" and torch.get_num_threads() == 1:
-        return time.thread_time
+        return time.process_time
     if device.type == "cuda":
 
         def synchronized() -> float:
@@ -30,6 +30,7 @@ def interleaved(
     rounds: int,
     seconds: float = float("inf"),
     drop: float = float("inf"),
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Run each form once a round, after a warm-up, and return its times in seconds.
 
@@ -38,7 +39,8 @@ def interleaved(
         device: where they run.
         rounds: timed rounds; at least one is run.
         seconds: no further round starts once this much time has gone.
-        drop: a form whose first timed run took more than `drop` times the fastest runs no more.
+        drop: a form whose first three runs took more than `drop` times the fastest runs no more.
+        warm: run each form once untimed before each timed run, as a server that runs one form does.
     """
     now = clock(device)
     taken: dict[str, list[float]] = {name: [] for name in forms}
@@ -51,12 +53,14 @@ def interleaved(
     try:
         for turn in range(rounds):
             for name, form in running.items():
+                if warm:
+                    form()
                 start = now()
                 form()
                 taken[name].append(now() - start)
-            if turn == 0:
-                fastest = min(times[0] for times in taken.values())
-                running = {n: f for n, f in running.items() if taken[n][0] <= drop * fastest}
+            if turn == 2:
+                limit = drop * min(map(min, taken.values()))
+                running = {n: form for n, form in running.items() if min(taken[n]) <= limit}
             if time.perf_counter() - started > seconds:
                 break
     finally:

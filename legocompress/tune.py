@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from legocompress.choices import (
     DENSE_ROUTES,
     POOL_ROUTES,
     Choices,
+    ConvRoute,
     Format,
     SiteRoute,
 )
@@ -36,7 +37,7 @@ class TunedGraph:
 
     layout: Format
     routes: Routes
-    milliseconds: dict[str, dict[str, float]]
+    milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def measured(
@@ -44,19 +45,25 @@ def measured(
     inputs: tuple[Tensor, ...],
     seconds: float,
     on_layer: Callable[[str], None] | None,
+    only: tuple[ConvRoute, ...] | None = None,
+    formats: tuple[Format, ...] = ("nchw", "channels_last"),
 ) -> TunedGraph:
     """Time the routes of each layer in both formats, then whole networks, and take the fastest."""
     device = inputs[0].device
     plans: dict[str, TunedGraph] = {}
-    for layout in LAYOUT:
-        tuner = _Tuner(graph, layout, on_layer)
+    milliseconds: dict[str, dict[str, float]] = {}
+    for layout in formats:
+        tuner = _Tuner(graph, layout, on_layer, only)
         try:
             with torch.no_grad():
                 tuner.run(*(in_layout(x, layout) for x in inputs))
         except RuntimeError:
-            if layout == "nchw":
+            if layout == formats[0]:
                 raise
             continue  # the network's own code asks for the other layout, such as in a view
+        for name, times in tuner.times.items():
+            medians = {f"{route}, {layout}": statistics.median(t) for route, t in times.items()}
+            milliseconds.setdefault(name, {}).update({k: 1e3 * t for k, t in medians.items()})
         for name, plan in tuner.plans().items():
             if plan.routes not in [p.routes for p in plans.values() if p.layout == layout]:
                 plans[f"{layout} {name}"] = plan
@@ -75,6 +82,7 @@ def measured(
     rounds = max(len(times) for times in taken.values())
     best = plans[fastest({n: times for n, times in taken.items() if len(times) == rounds})]
     use_(graph, best)
+    best.milliseconds = milliseconds
     return best
 
 
@@ -82,16 +90,20 @@ class _Tuner(fx.Interpreter):
     """Runs a graph once, and at each deployed layer times all of its routes on the real input."""
 
     def __init__(
-        self, graph: Graph, layout: Format, on_layer: Callable[[str], None] | None
+        self,
+        graph: Graph,
+        layout: Format,
+        on_layer: Callable[[str], None] | None,
+        only: tuple[ConvRoute, ...] | None,
     ) -> None:
         super().__init__(graph.runner)
-        self.graph_, self.layout, self.on_layer = graph, layout, on_layer
+        self.graph_, self.layout, self.on_layer, self.only = graph, layout, on_layer, only
         self.times: dict[str, dict[str, list[float]]] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.fetch_attr(target)
         if isinstance(site, ConvSite) and site.name not in self.times:
-            self.times[site.name] = _site_times(site, self.layout, *args)
+            self.times[site.name] = _site_times(site, self.only, self.layout, *args)
             best: Any = fastest(self.times[site.name])
             site.use(best, self.layout)
             keep = {best, self._best_of(site, dense=True), self._best_of(site, dense=False)}
@@ -116,10 +128,6 @@ class _Tuner(fx.Interpreter):
     def plans(self) -> dict[str, TunedGraph]:
         """The fastest route of each layer; and, since layers run by themselves find their weights
         in the cache and in a network do not, all dense and all Lego ones."""
-        ms = {
-            name: {route: 1e3 * statistics.median(times) for route, times in of_site.items()}
-            for name, of_site in self.times.items()
-        }
         pools: Routes = {pool.name: pool.route for pool in self.graph_.pools}
         sites = [site for site in self.graph_.convs if site.name in self.times]
         every: dict[str, Routes] = {
@@ -128,27 +136,37 @@ class _Tuner(fx.Interpreter):
             "lego": {site.name: self._best_of(site, dense=False) for site in sites},
         }
         return {
-            name: TunedGraph(self.layout, {**pools, **chosen}, ms) for name, chosen in every.items()
+            name: TunedGraph(self.layout, {**pools, **chosen}) for name, chosen in every.items()
         }
 
 
 def _site_times(
-    site: ConvSite, layout: Format, x: Tensor, residual: Tensor | None = None
+    site: ConvSite,
+    only: tuple[ConvRoute, ...] | None,
+    layout: Format,
+    x: Tensor,
+    residual: Tensor | None = None,
 ) -> dict[str, list[float]]:
     """Times of the layer's routes on one input, of those whose output is the dense one's."""
     site.prepare("assemble", layout, x)
     expected = site.runner("assemble", layout)(x, residual)
     limit = TOLERANCE * float(expected.abs().max())
     forms: dict[str, Callable[[], object]] = {}
-    for route in site.routes(x.device, x.dtype):
+    possible = site.routes(x.device, x.dtype)
+    if only is None and "fused" in possible:
+        only = (*DENSE_ROUTES, "fused", "winograd")  # plain operators lose to the kernel
+    wanted = [route for route in possible if only is None or route in only]
+    for route in wanted or possible:
         try:
             site.prepare(route, layout, x)
             runner = site.runner(route, layout)
             gap = float((runner(x, residual) - expected).abs().max())
         except RuntimeError:
             continue  # the library refuses this layer
-        if gap <= limit or route == "assemble":
+        if gap <= limit:
             forms[route] = lambda runner=runner: runner(x, residual)  # type: ignore[misc]
+    if not forms:
+        forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual)
     return interleaved(forms, x.device, rounds=9, seconds=1, drop=1.5)
 
 
@@ -196,7 +214,7 @@ class _Packer(fx.Interpreter):
 def given(graph: Graph, inputs: tuple[Tensor, ...], choices: Choices) -> TunedGraph:
     """Prepare the routes of choices that fit the graph."""
     names = [str(site.name) for site in (*graph.convs, *graph.pools)]
-    plan = TunedGraph(choices.formats[graph.name], {n: choices.routes[n] for n in names}, {})
+    plan = TunedGraph(choices.formats[graph.name], {n: choices.routes[n] for n in names})
     for pool in graph.pools:
         pool.route = plan.routes[pool.name]  # type: ignore[assignment]
     with torch.no_grad():

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import legocompress as lego
 from benchmarks.coverage import randomise_, source, tensors
 from legocompress import kernels
-from legocompress.choices import POOL_ROUTES, Choices
+from legocompress.choices import POOL_ROUTES
 from legocompress.errors import CheckpointError, DeployError, UsageError
 from legocompress.models import build
 from legocompress.site import PoolSite
@@ -489,8 +489,7 @@ def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     folder = hinted(tmp_path)
     model = lego.load(folder)
     image = torch.randn(1, 3, 32, 32)
-    assert isinstance(model.lego_choices, Choices)
-    choices = model.lego_choices
+    (choices,) = model.lego_choices
     lego.deploy_(model, image)
     assert model.lego_deployment.hint_used
     assert model.lego_deployment.choices == choices
@@ -498,8 +497,10 @@ def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     assert not model.lego_deployment.hint_used
     lego.deploy_(model, torch.randn(2, 3, 32, 32), seconds=0)  # another batch
     assert not model.lego_deployment.hint_used
-    with torch.no_grad():
-        lego.load(folder)(image)
+    shapes = [hint.machine.input_shapes[0] for hint in model.lego_choices]
+    assert shapes == [(1, 3, 32, 32), (2, 3, 32, 32)]
+    lego.save(model, tmp_path / "again")
+    assert lego.load(tmp_path / "again").lego_choices == model.lego_choices
 
 
 @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
 def test_a_hint_that_is_none_is_a_typed_error(change: dict[str, Any], tmp_path: Path) -> None:
     folder = hinted(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["compression_config"]["deployment"].update(change)
+    config["compression_config"]["deployment"][0].update(change)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="deployment"):
         lego.load(folder)
@@ -524,7 +525,7 @@ def test_a_hint_that_is_none_is_a_typed_error(change: dict[str, Any], tmp_path: 
 def test_a_hint_of_another_network_is_not_used(tmp_path: Path) -> None:
     folder = hinted(tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["compression_config"]["deployment"]["routes"] = {"nowhere": "fused"}
+    config["compression_config"]["deployment"][0]["routes"] = {"nowhere": "fused"}
     (folder / "config.json").write_text(json.dumps(config))
     model = lego.deploy_(lego.load(folder), torch.randn(1, 3, 32, 32), seconds=0)
     assert not model.lego_deployment.hint_used
