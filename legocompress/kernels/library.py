@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ _FAULTS = {
     4: "there is not enough memory for the kernel's buffers",
     5: "no kernel runs on this CPU",
 }
-N_ARGUMENTS = 21
-_Arguments = ctypes.c_int64 * N_ARGUMENTS
+# The fields of LegoCall in src/driver.cpp, in order, each of 8 bytes.
+ARGUMENTS = struct.Struct("=21q")
 
 
 @functools.cache
@@ -37,7 +38,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.lego_isa.restype = ctypes.c_char_p
         library.lego_isa.argtypes = []
         library.lego_conv2d.restype = ctypes.c_int64
-        library.lego_conv2d.argtypes = [_Arguments]
+        library.lego_conv2d.argtypes = [ctypes.c_char_p]
         library.lego_use_openmp.restype = None
         library.lego_use_openmp.argtypes = [ctypes.c_void_p]
     except (OSError, AttributeError) as error:
@@ -89,8 +90,8 @@ def isa() -> str:
     return text
 
 
-def call(arguments: tuple[int, ...]) -> None:
-    """Run one convolution; the arguments are the fields of LegoCall in src/driver.cpp, in order.
+def call(arguments: bytes) -> None:
+    """Run one convolution; the arguments are a LegoCall of src/driver.cpp, by `ARGUMENTS`.
 
     Raises:
         KernelError: there are no compiled kernels, or they refuse the call.
@@ -98,6 +99,6 @@ def call(arguments: tuple[int, ...]) -> None:
     library, text = _load()
     if library is None:
         raise KernelError(text)
-    status = library.lego_conv2d(_Arguments(*arguments))
+    status = library.lego_conv2d(arguments)
     if status:
         raise KernelError(f"the fused kernel refused: {_FAULTS.get(status, f'status {status}')}")

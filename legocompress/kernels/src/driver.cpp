@@ -291,9 +291,12 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   v.dilation_h = c->dilation_h, v.dilation_w = c->dilation_w;
   v.channels_last = c->channels_last != 0;
   v.activation = static_cast<Activation>(c->activation);
-  v.tile_floats = env_number("LEGO_TILE_FLOATS", 48 * 1024);
-  v.tile_pixels_most = env_number("LEGO_TILE", 400);
-  v.depth = env_number("LEGO_DEPTH", 384);
+  static const int64_t tile_floats = env_number("LEGO_TILE_FLOATS", 48 * 1024);
+  static const int64_t tile_pixels = env_number("LEGO_TILE", 400);
+  static const int64_t depth = env_number("LEGO_DEPTH", 384);
+  v.tile_floats = tile_floats;
+  v.tile_pixels_most = tile_pixels;
+  v.depth = depth;
   const int threads = static_cast<int>(c->threads);
   k->plan(v, threads);
   return run(v, *k, threads);

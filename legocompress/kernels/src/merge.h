@@ -1,5 +1,9 @@
 // Rows of Z to output channels: Y[j] = activation(sum of coefficient * Z[row] + bias + residual).
 
+INLINE void fetch_to_write(const float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(to + i, 1);
+}
+
 // `count` pixels of one output channel. SUM terms, or n_sum where SUM is 0.
 template <int SUM, int A>
 INLINE void merge_pixels(const float* z, int64_t z_stride, const int32_t* rows,
@@ -36,11 +40,21 @@ INLINE void merge_pixels(const float* z, int64_t z_stride, const int32_t* rows,
     }
     UNROLL for (int u = 0; u < kStrip; u++) store(y + i + u * kLanes, activated<A>(s[u]));
   }
-  for (; i < count; i += kLanes) {
+  const auto sum_at = [&](int64_t at) INLINE_LAMBDA {
     V s = b;
-    for (int64_t t = 0; t < n_sum; t++) {
-      s += coefficients[t] * load(z + rows[t] * z_stride + i);
+    if (SUM) {
+      UNROLL for (int t = 0; t < SUM; t++) s += gain[t] * load(from[t] + at);
+    } else {
+      for (int64_t t = 0; t < n_sum; t++) {
+        s += coefficients[t] * load(z + rows[t] * z_stride + at);
+      }
     }
+    return s;
+  };
+  for (; i < count; i += kLanes) {
+    // The last pixels by a vector that overlaps the one before.
+    if (count - i < kLanes && count >= kLanes) i = count - kLanes;
+    V s = sum_at(i);
     const int64_t n = least(kLanes, count - i);
     if (n == kLanes) {
       if (residual) s += load(residual + i);
@@ -64,11 +78,7 @@ void merge_planes(const Conv& v, int64_t tile, int64_t first, int64_t last, cons
   each_run(v, tile, [&](const Run& run) {
     for (int64_t j = first; j < last; j++) {
       const int64_t at = (run.image * h.n_out + j) * plane + run.first;
-      if (j + 4 < last) {
-        for (int64_t i = 0; i < run.count; i += 16) {
-          __builtin_prefetch(v.y + at + 4 * plane + i, 1, 3);
-        }
-      }
+      if (j + kAhead < last) fetch_to_write(v.y + at + kAhead * plane, run.count);
       merge_pixels<SUM, A>(z + run.offset, v.z_stride, v.rows + j * h.n_sum,
                            v.coefficients + j * h.n_sum, h.n_sum, v.bias ? v.bias[j] : 0.0f,
                            v.residual ? v.residual + at : nullptr, v.y + at, run.count);

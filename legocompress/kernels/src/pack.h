@@ -1,26 +1,90 @@
 // Input pixels to where the inner loops want them: channels one stride apart, pixels side by side.
 
-// to[i] = from[start + i * step], zero where that is outside of [0, width).
-INLINE void copy_row(float* to, const float* from, int64_t start, int64_t step, int64_t count,
-                     int64_t width) {
-  const int64_t low = start < 0 ? least(count, ceil_div(-start, step)) : 0;
-  const int64_t high = most(low, least(count, width > start ? ceil_div(width - start, step) : 0));
+// Copies `count` floats, the last ones by vectors that overlap those before them.
+INLINE void copy(float* to, const float* from, int64_t count) {
   int64_t i = 0;
-  for (; i < low; i++) to[i] = 0;
-  const float* p = from + start;
-  if (step == 1) {
-    for (; i + kLanes <= high; i += kLanes) store(to + i, load(p + i));
-    for (; i < high; i++) to[i] = p[i];
-  } else if (step == 2) {
+  if (count >= kLanes) {
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    if (i < count) store(to + count - kLanes, load(from + count - kLanes));
+    return;
+  }
+  if (count >= 4) {
+    store4(to, load4(from));
+    for (i = 4; i + 4 <= count; i += 4) store4(to + i, load4(from + i));
+    store4(to + count - 4, load4(from + count - 4));
+    return;
+  }
+  for (; i < count; i++) {
+    to[i] = from[i];
+    asm volatile("");
+  }
+}
+
+// Mostly none or a few floats: the empty statement keeps the loop from becoming a call of memset.
+INLINE void zero(float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    to[i] = 0;
+    asm volatile("");
+  }
+}
+
+// Planes lie pages apart, where the hardware does not look ahead: so many channels are.
+constexpr int64_t kAhead = 4;
+INLINE void fetch(const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+
+// Which pixels of a row of outputs have their input inside of the image: [low, high) of count.
+struct Span {
+  int64_t start, step, count, low, high;
+  INLINE Span(int64_t start_, int64_t step_, int64_t count_, int64_t width)
+      : start(start_), step(step_), count(count_) {
+    low = start < 0 ? least(count, ceil_div(-start, step)) : 0;
+    high = most(low, least(count, width > start ? ceil_div(width - start, step) : 0));
+  }
+};
+
+// to[i] = from[start + i * step], zero where that is outside of the image.
+INLINE void copy_row(float* to, const float* from, const Span& s) {
+  zero(to, s.low);
+  const float* p = from + s.start;
+  if (s.step == 1) {
+    copy(to + s.low, p + s.low, s.high - s.low);
+  } else if (s.step == 2) {
+    int64_t i = s.low;
     // The last float that the second load touches lies one past the last pixel used.
-    for (; i + kLanes < high; i += kLanes) {
+    for (; i + kLanes < s.high; i += kLanes) {
       store(to + i, even_lanes(load(p + 2 * i), load(p + 2 * i + kLanes)));
     }
-    for (; i < high; i++) to[i] = p[2 * i];
+    if (s.high - s.low > kLanes) {  // the last pixels again, by vectors that end at the last of them
+      const int64_t j = s.high - kLanes;
+      const float* last = p + 2 * j - 1;
+      store(to + j, odd_lanes(load(last), load(last + kLanes)));
+    } else {
+      for (; i < s.high; i++) to[i] = p[2 * i];
+    }
   } else {
-    for (; i < high; i++) to[i] = p[step * i];
+    for (int64_t i = s.low; i < s.high; i++) to[i] = p[s.step * i];
   }
-  for (; i < count; i++) to[i] = 0;
+  zero(to + s.high, s.count - s.high);
+}
+
+// The same for a run of pixels that spans rows, where rows of input and output are equally long:
+// to[i] = from[start + i], zero where that is off the image or has left its row by `shift` columns.
+INLINE void copy_run(float* to, const float* from, int64_t start, int64_t shift, int64_t count,
+                     int64_t width, int64_t plane) {
+  // `start` counts without the shift, so that start + i is the pixel's row and column.
+  const int64_t low = least(count, most(0, most(-start, -start - shift)));
+  const int64_t high = most(low, least(count, least(plane - start, plane - start - shift)));
+  zero(to, low);
+  copy(to + low, from + start + shift + low, high - low);
+  zero(to + high, count - high);
+  if (shift == 0) return;
+  const int64_t column = ((start + low) % width + width) % width;
+  const int64_t first = shift < 0 ? 0 : width - shift, n = shift < 0 ? -shift : shift;
+  for (int64_t x = most(0, first); x < most(0, first) + least(n, width); x++) {
+    for (int64_t i = low + (x - column + width) % width; i < high; i += width) to[i] = 0;
+  }
 }
 
 // to[c * stride + i] = from[i * step + c]: pixels of a channels-last map.
@@ -45,34 +109,29 @@ INLINE void gather_pixels(float* to, int64_t stride, const float* from, int64_t 
   }
 }
 
-// A row of pixels, of `channels` channels from `channel` on, of either format. `row` outside of
-// the image gives zeros.
+// One row of the image, of `channels` channels from `channel` on, of either format: channels a
+// stride apart. `row` outside of the image gives zeros.
 INLINE void pack_row(const Conv& v, float* to, int64_t stride, int64_t image, int64_t channel,
-                     int64_t channels, int64_t row, int64_t start, int64_t step, int64_t count) {
+                     int64_t channels, int64_t row, const Span& s) {
   if (row < 0 || row >= v.height) {
-    for (int64_t c = 0; c < channels; c++) {
-      for (int64_t i = 0; i < count; i++) to[c * stride + i] = 0;
-    }
+    for (int64_t c = 0; c < channels; c++) zero(to + c * stride, s.count);
     return;
   }
   const int64_t c_in = v.head->channels;
   if (!v.channels_last) {
     const int64_t plane = v.height * v.width;
     const float* from = v.x + ((image * c_in + channel) * v.height + row) * v.width;
-    for (int64_t c = 0; c < channels; c++) {
-      copy_row(to + c * stride, from + c * plane, start, step, count, v.width);
-    }
+    for (int64_t c = 0; c < channels; c++) copy_row(to + c * stride, from + c * plane, s);
     return;
   }
-  const int64_t low = start < 0 ? least(count, ceil_div(-start, step)) : 0;
-  const int64_t high = most(low, least(count, v.width > start ? ceil_div(v.width - start, step) : 0));
   for (int64_t c = 0; c < channels; c++) {
-    for (int64_t i = 0; i < low; i++) to[c * stride + i] = 0;
-    for (int64_t i = high; i < count; i++) to[c * stride + i] = 0;
+    zero(to + c * stride, s.low);
+    zero(to + c * stride + s.high, s.count - s.high);
   }
-  if (high > low) {
-    const int64_t pixel = (image * v.height + row) * v.width + start + low * step;
-    gather_pixels(to + low, stride, v.x + pixel * c_in + channel, step * c_in, high - low, channels);
+  if (s.high > s.low) {
+    const int64_t pixel = (image * v.height + row) * v.width + s.start + s.low * s.step;
+    gather_pixels(to + s.low, stride, v.x + pixel * c_in + channel, s.step * c_in, s.high - s.low,
+                  channels);
   }
 }
 
@@ -81,49 +140,41 @@ INLINE void pack_row(const Conv& v, float* to, int64_t stride, int64_t image, in
 INLINE void pack_flat(const Conv& v, float* to, int64_t stride, int64_t image, int64_t channel,
                       int64_t channels, int64_t first, int64_t count, int64_t phase, int64_t tap) {
   const int64_t start = tap * v.dilation_w - v.pad_w;
-  // Channel by channel where a channel is a plane, so that its rows are read in order.
-  const int64_t at_once = v.channels_last ? channels : 1;
-  for (int64_t c = 0; c < channels; c += at_once) {
-    int64_t row = first / v.out_w, column = first % v.out_w;
-    for (int64_t done = 0; done < count; row++, column = 0) {
-      const int64_t n = least(v.out_w - column, count - done);
-      pack_row(v, to + c * stride + done, stride, image, channel + c, at_once,
-               row * v.stride_h + phase - v.pad_h, start + column * v.stride_w, v.stride_w, n);
-      done += n;
-    }
-  }
-}
-
-// The same for 1 x 1, stride 1, no padding, in register tiles: to[(i / kPixels)][c][i % kPixels].
-INLINE void pack_tiles(const Conv& v, float* to, int64_t offset, int64_t image, int64_t channel,
-                       int64_t channels, int64_t first, int64_t count) {
-  const int64_t c_in = v.head->channels, plane = v.height * v.width;
-  const int64_t tile = channels * kPixels;
-  if (v.channels_last) {
-    for (int64_t i = 0; i < count;) {
-      const int64_t at = offset + i, lane = at % kPixels;
-      const int64_t n = least(kPixels - lane, count - i);
-      gather_pixels(to + at / kPixels * tile + lane, kPixels,
-                    v.x + (image * plane + first + i) * c_in + channel, c_in, n, channels);
-      i += n;
+  if (!v.channels_last && v.stride_h == 1 && v.stride_w == 1 && v.out_w == v.width) {
+    const int64_t plane = v.height * v.width;
+    const float* from = v.x + (image * v.head->channels + channel) * plane;
+    for (int64_t c = 0; c < channels; c++) {
+      if (tap == 0 && c + kAhead < channels) {
+        const int64_t low = most(0, first - v.pad_h * v.width);
+        fetch(from + (c + kAhead) * plane + low, least(count, plane - low));
+      }
+      copy_run(to + c * stride, from + c * plane, first - v.pad_h * v.width, start, count, v.width,
+               plane);
     }
     return;
   }
-  for (int64_t c = 0; c < channels; c++) {
-    const float* from = v.x + (image * c_in + channel + c) * plane + first;
-    if (c + 4 < channels) {
-      for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(from + 4 * plane + i);
+  const int64_t row0 = first / v.out_w, column = first % v.out_w;
+  const int64_t head = least(v.out_w - column, count);
+  const int64_t whole = (count - head) / v.out_w, tail = (count - head) % v.out_w;
+  const Span of_head(start + column * v.stride_w, v.stride_w, head, v.width);
+  const Span of_whole(start, v.stride_w, v.out_w, v.width);
+  const Span of_tail(start, v.stride_w, tail, v.width);
+  // Channel by channel where a channel is a plane, so that its rows are read in order.
+  const int64_t at_once = v.channels_last ? channels : 1;
+  for (int64_t c = 0; c < channels; c += at_once) {
+    float* p = to + c * stride;
+    if (!v.channels_last && tap == 0 && c + kAhead < channels) {
+      const int64_t low = most(0, row0 * v.stride_h - v.pad_h), plane = v.height * v.width;
+      fetch(v.x + (image * v.head->channels + channel + c + kAhead) * plane + low * v.width,
+            least(v.height - low, (whole + 2) * v.stride_h) * v.width);
     }
-    for (int64_t i = 0; i < count;) {
-      const int64_t at = offset + i, lane = at % kPixels;
-      const int64_t n = least(kPixels - lane, count - i);
-      float* p = to + at / kPixels * tile + c * kPixels + lane;
-      if (n == kPixels) {
-        UNROLL for (int64_t u = 0; u < kPixels; u += kLanes) store(p + u, load(from + i + u));
-      } else {
-        for (int64_t u = 0; u < n; u++) p[u] = from[i + u];
-      }
-      i += n;
+    int64_t row = row0 * v.stride_h + phase - v.pad_h;
+    pack_row(v, p, stride, image, channel + c, at_once, row, of_head);
+    p += head;
+    for (int64_t r = 0; r < whole; r++, p += v.out_w) {
+      row += v.stride_h;
+      pack_row(v, p, stride, image, channel + c, at_once, row, of_whole);
     }
+    if (tail) pack_row(v, p, stride, image, channel + c, at_once, row + v.stride_h, of_tail);
   }
 }

@@ -1,6 +1,7 @@
 // Vectors of LEGO_LANES floats by the vector extensions of GCC and Clang. Included once per
 // instruction set, each time inside a namespace of its own: nothing here may be shared by the linker.
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 // Without it GCC keeps arrays of accumulators in memory, three times slower.
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -11,12 +12,15 @@ constexpr int64_t kLanes = LEGO_LANES;
 constexpr int64_t kPixels = LEGO_LANES * LEGO_VECTORS;
 
 // Eight lanes everywhere, for a panel of Lego filters side by side.
+typedef float V4u __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float V8 __attribute__((vector_size(32)));
 typedef float V8u __attribute__((vector_size(32), aligned(4), may_alias));
 
 INLINE V load(const float* p) { return *reinterpret_cast<const Vu*>(p); }
 INLINE void store(float* p, V v) { *reinterpret_cast<Vu*>(p) = v; }
 INLINE V8 load8(const float* p) { return *reinterpret_cast<const V8u*>(p); }
+INLINE V4u load4(const float* p) { return *reinterpret_cast<const V4u*>(p); }
+INLINE void store4(float* p, V4u v) { *reinterpret_cast<V4u*>(p) = v; }
 INLINE V splat(float a) { return a - V{}; }
 INLINE V vmax(V a, V b) { return a > b ? a : b; }
 INLINE V vmin(V a, V b) { return a < b ? a : b; }
@@ -61,14 +65,19 @@ INLINE V activated(V v) {
   return v;
 }
 
-// The even lanes of a then b.
+// The even and the odd lanes of a then b.
 #if LEGO_LANES == 4
 INLINE V even_lanes(V a, V b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+INLINE V odd_lanes(V a, V b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
 #elif LEGO_LANES == 8
+INLINE V odd_lanes(V a, V b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
 INLINE V even_lanes(V a, V b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
 #else
 INLINE V even_lanes(V a, V b) {
   return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+INLINE V odd_lanes(V a, V b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 #endif
 

@@ -30,11 +30,6 @@ INLINE void each_run(const Conv& v, int64_t tile, F f) {
   }
 }
 
-INLINE bool is_pointwise(const Conv& v) {
-  return v.head->kernel_h * v.head->kernel_w == 1 && v.stride_h == 1 && v.stride_w == 1 &&
-         v.pad_h == 0 && v.pad_w == 0;
-}
-
 // Where the taps of one channel lie in the packed input of a run of pixels.
 struct Taps {
   int64_t count, at[kMaxTaps];
@@ -109,8 +104,7 @@ void plan_direct(Conv& v, int threads) {
   // What fits: Z of all splits and the input block share the second cache.
   const int64_t room = most(kPixels, v.tile_floats / most(1, h.n_rows) / kPixels * kPixels);
   int64_t want = least(room, v.tile_pixels_most);
-  const bool pointwise = is_pointwise(v);
-  v.direct_rows = !pointwise && taps > 1 && v.stride_h == 1 && v.stride_w == 1 &&
+  v.direct_rows = taps > 1 && v.stride_h == 1 && v.stride_w == 1 &&
                   v.out_w % kLanes == 0 && v.out_w >= 56;
   v.images_per_tile = 0;
   v.tiles_per_image = 1;
@@ -161,8 +155,8 @@ void plan_direct(Conv& v, int threads) {
   v.z_floats = most(1, h.n_rows) * v.z_stride + kPixels;
   Taps t;
   flat_taps(v, v.images_per_tile > 1 ? plane : v.tile_pixels, t);
-  const int64_t stride = pointwise ? round_up(v.tile_pixels, kPixels) : channel_stride(v, t);
-  v.scratch_floats = column_floats(v) + v.channel_block * stride + 4 * kPixels;
+  const int64_t input = v.channel_block * channel_stride(v, t);
+  v.scratch_floats = column_floats(v) + input + 4 * kPixels;
 }
 
 void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_panel,
@@ -177,7 +171,7 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
     filters += v.split_rows[i] * most(0, least(h.width, h.channels - i * h.width)) * n_taps;
     z_row += v.split_rows[i];
   }
-  const bool pointwise = is_pointwise(v), joint = n_taps == 1;
+  const bool joint = n_taps == 1;
   Taps t;
   const int64_t run_pixels = v.images_per_tile > 1 ? v.out_h * v.out_w : v.tile_pixels;
   int64_t row_floats = 0;
@@ -192,7 +186,7 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
   } else {
     flat_taps(v, run_pixels, t);
   }
-  const int64_t stride = pointwise ? kPixels : channel_stride(v, t);
+  const int64_t stride = channel_stride(v, t);
   const PanelTile(*by_vectors)[3][kPanel] = kPanelTile;
   const int64_t tap_kind = n_taps == 1 ? 1 : n_taps == 9 ? 2 : 0;
   float* column = scratch;
@@ -205,17 +199,21 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
     int64_t total = 0;  // pixels, where the runs of all images are one
     each_run(v, tile, [&](const Run& run) {
       total = run.offset + run.count;
-      if (pointwise) {
-        pack_tiles(v, packed, run.offset, run.image, channel, c, run.first, run.count);
-      } else if (joint) {
+      if (joint) {
         pack_flat(v, packed + run.offset, stride, run.image, channel, c, run.first, run.count, 0, 0);
       } else if (v.direct_rows) {
         const Rows rows = padded_rows(v, run.count / v.out_w);
+        const Span span(-v.pad_w, 1, rows.floats, v.width);
         const int64_t at_once = v.channels_last ? c : 1;
         for (int64_t i = 0; i < c; i += at_once) {
+          if (!v.channels_last && i + kAhead < c) {
+            const int64_t low = most(0, run.first / v.out_w - v.pad_h);
+            fetch(v.x + ((run.image * h.channels + channel + i + kAhead) * v.height + low) * v.width,
+                  least(v.height - low, rows.count) * v.width);
+          }
           for (int64_t r = 0; r < rows.count; r++) {
             pack_row(v, packed + i * stride + r * rows.floats, stride, run.image, channel + i,
-                     at_once, run.first / v.out_w + r - v.pad_h, -v.pad_w, 1, rows.floats);
+                     at_once, run.first / v.out_w + r - v.pad_h, span);
           }
         }
       } else {
@@ -235,10 +233,7 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
       for (int64_t p = 0; p < rest; p++) {
         float* to = column + (n * kMaxColumns + p) * v.channel_block * n_taps;
         const int64_t pixel = count - rest + p;
-        const float* from = pointwise ? x + pixel / kPixels * c * kPixels + pixel % kPixels
-                            : v.direct_rows
-                                ? x + pixel / v.out_w * row_floats + pixel % v.out_w
-                                : x + pixel;
+        const float* from = x + pixel;  // rows of tiles of whole rows have no such rest
         for (int64_t k = 0; k < c; k++, from += stride) {
           for (int64_t u = 0; u < n_taps; u++) *to++ = from[t.at[u]];
         }
@@ -261,25 +256,23 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
       const auto run_panel = [&](int64_t count, const float* x, float* to, int64_t n) {
         const int64_t rest = tail_of(count), whole = count - rest;
         int64_t dx[LEGO_VECTORS];
-        int64_t i = 0;
-        while (i < whole) {
-          int64_t nv = ceil_div(whole - i, kLanes);
-          nv = nv > LEGO_VECTORS ? LEGO_VECTORS : nv;
+        int64_t column_at = 0, row_at = 0;  // of the next vector, where tiles are whole rows
+        for (int64_t i = 0; i < whole; i += kPixels) {
+          int64_t nv = LEGO_VECTORS;
+          if (whole - i < kPixels) nv = ceil_div(whole - i, kLanes);
           const float* from = x + i;
-          for (int64_t u = 0; u < nv; u++) dx[u] = u * kLanes;
-          if (pointwise) {
-            from = x + i / kPixels * c * kPixels;
-          } else if (v.direct_rows) {
-            const int64_t start = i / v.out_w * row_floats + i % v.out_w;
-            from = x + start;
-            for (int64_t u = 1; u < nv; u++) {
-              const int64_t pixel = i + u * kLanes;
-              dx[u] = pixel / v.out_w * row_floats + pixel % v.out_w - start;
+          if (v.direct_rows) {
+            from = x + row_at + column_at;
+            for (int64_t u = 0; u < nv; u++) {
+              dx[u] = x + row_at + column_at - from;
+              column_at += kLanes;
+              if (column_at == v.out_w) column_at = 0, row_at += row_floats;
             }
+          } else {
+            UNROLL for (int64_t u = 0; u < LEGO_VECTORS; u++) dx[u] = u * kLanes;
           }
           by_vectors[nv - 1][tap_kind][mr - 1](a, c, n_taps, t.at, from, stride, dx, to + i,
                                               v.z_stride, add);
-          i += nv * kLanes;
         }
         if (rest) {
           const int64_t depth = v.channel_block * n_taps;
