@@ -332,15 +332,14 @@ class ConvSite(nn.Module):
         packed = kernels.pack(
             self._shape, self._filters, self._index, self._coefficients, transform=transform
         )
-        merge = torch.ops.legocompress.lego_conv2d.default
+        merge = kernels.lego_conv2d
 
         def run(x: Tensor, residual: Tensor | None) -> Tensor:
             x, padding = g.place(x)
             x = x.contiguous(memory_format=memory)
             if residual is not None:
                 residual = residual.contiguous(memory_format=memory)
-            y = merge(x, packed, bias, residual, g.stride, padding, g.dilation, activation)
-            return y  # type: ignore[no-any-return]
+            return merge(x, packed, bias, residual, g.stride, padding, g.dilation, activation)
 
         return run
 
