@@ -40,7 +40,7 @@ def supports(
 
     'winograd' wants a 3 x 3 kernel with stride 1 and dilation 1.
     """
-    if transform != "direct" or isinstance(padding, str) or shape.groups != 1:
+    if transform not in TRANSFORMS or isinstance(padding, str) or shape.groups != 1:
         return False
     if shape.kernel[0] * shape.kernel[1] > MAX_TAPS:
         return False

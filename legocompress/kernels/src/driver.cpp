@@ -215,8 +215,10 @@ Status run(const Conv& v, const Kernel& k, int threads) {
   }
   job.z = t_z.floats(v.z_floats * v.n_tiles);
   if (!job.z) return kNoMemory;
-  job.parts = std::max<int64_t>(1, (4 * threads + v.n_tiles * v.head->n_split - 1) /
-                                       (v.n_tiles * v.head->n_split));
+  // Each part of a split packs (or transforms) the input again, which costs Winograd more.
+  const int64_t wanted = (v.head->transform == kWinograd ? 1 : 4) * threads;
+  const int64_t whole = v.n_tiles * v.head->n_split;
+  job.parts = std::max<int64_t>(1, (wanted + whole - 1) / whole);
   job.n_items = v.n_tiles * v.head->n_split * job.parts;
   on_threads(threads, run_parts, &job);
   if (job.failed) return kNoMemory;
@@ -297,6 +299,8 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   v.tile_floats = tile_floats;
   v.tile_pixels_most = tile_pixels;
   v.depth = depth;
+  static const int64_t patches = env_number("LEGO_PATCHES", 64);
+  v.patches = patches;
   const int threads = static_cast<int>(c->threads);
   k->plan(v, threads);
   return run(v, *k, threads);

@@ -9,9 +9,31 @@ namespace {
 #include "pack.h"
 #include "tile.h"
 #include "merge.h"
+#include "winograd.h"
+
+void plan(Conv& v, int threads) {
+  v.head->transform == kWinograd ? plan_winograd(v, threads) : plan_direct(v, threads);
+}
+
+void transform(const Conv& v, int64_t tile, int64_t split, int64_t first, int64_t last, float* z,
+               float* scratch) {
+  if (v.head->transform == kWinograd) {
+    transform_winograd(v, tile, split, first, last, z, scratch);
+  } else {
+    transform_direct(v, tile, split, first, last, z, scratch);
+  }
+}
+
+void merge(const Conv& v, int64_t tile, int64_t first, int64_t last, const float* z,
+           float* scratch) {
+  if (v.head->transform == kWinograd) {
+    merge_winograd(v, tile, first, last, z, scratch);
+  } else {
+    merge_direct(v, tile, first, last, z);
+  }
+}
 }  // namespace
 
-const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS, plan_direct, transform_direct,
-                        merge_direct};
+const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS, plan, transform, merge};
 }  // namespace LEGO_ISA
 }  // namespace lego

@@ -46,8 +46,9 @@ struct Conv {
   int64_t z_stride, z_floats, scratch_floats;
   int64_t channel_block;
 
-  // What the tiling aims at: most floats of Z, most pixels, most products of one inner loop.
-  int64_t tile_floats, tile_pixels_most, depth;
+  // What the tiling aims at: most floats of Z, most pixels, most products of one inner loop,
+  // most 4 x 4 patches.
+  int64_t tile_floats, tile_pixels_most, depth, patches;
 };
 
 struct Kernel {

@@ -157,8 +157,7 @@ void merge_any(const Conv& v, int64_t tile, int64_t first, int64_t last, const f
   }
 }
 
-void merge_direct(const Conv& v, int64_t tile, int64_t first, int64_t last, const float* z,
-                  float*) {
+void merge_direct(const Conv& v, int64_t tile, int64_t first, int64_t last, const float* z) {
   switch (v.activation) {
     case kRelu: return merge_any<kRelu>(v, tile, first, last, z);
     case kRelu6: return merge_any<kRelu6>(v, tile, first, last, z);

@@ -81,6 +81,30 @@ INLINE V odd_lanes(V a, V b) {
 }
 #endif
 
+// The lower and the upper halves of a and b, lane by lane in turn.
+#if LEGO_LANES == 4
+INLINE V zip_low(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+INLINE V zip_high(V a, V b) {
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+}
+#elif LEGO_LANES == 8
+INLINE V zip_low(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+INLINE V zip_high(V a, V b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+INLINE V zip_low(V a, V b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+INLINE V zip_high(V a, V b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#endif
+
 // A block of kBlock x kBlock floats, for changes between the two memory formats.
 #if LEGO_LANES == 4
 constexpr int64_t kBlock = 4;
