@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import legocompress as lego
+from legocompress import rivals
 from legocompress.graph import trace
 from legocompress.rivals import AGAINST, Form
 from legocompress.site import ConvSite
@@ -135,6 +137,11 @@ PAPER = "merge: dense 1x1 conv (paper's code)"
 KEY = ("network", "setting", "batch", "threads")
 
 
+def told(form: str) -> None:
+    """A line a form, with the time."""
+    print(f"  {time.strftime('%X')} {form}", flush=True)
+
+
 def main() -> None:
     """Measure what is asked for and missing, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -145,6 +152,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--against", nargs="*", choices=AGAINST, default=list(AGAINST))
+    parser.add_argument("--compile-seconds", type=int, default=240, help="limit of torch.compile")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--convert", action="store_true", help="fill the cache and stop")
@@ -155,6 +163,7 @@ def main() -> None:
         latest = {tuple(r[k] for k in KEY): r for r in measured(args.results)}
         print(table(list(latest.values())))
         return
+    rivals.COMPILE_SECONDS = args.compile_seconds
     done = {tuple(record[key] for key in KEY) for record in measured(args.results)}
     cells = [
         (network, setting, batch, threads)
@@ -172,7 +181,7 @@ def main() -> None:
             continue
         run = lego.benchmark(
             model, batch, threads, tuple(args.against), args.rounds, args.seconds,
-            also=other_merges, on_form=lambda name: print(f"  {name}", flush=True),
+            also=other_merges, on_form=told,
         )  # fmt: skip
         record = {**dict(zip(KEY, cell, strict=True)), "run": run.to_dict()}
         with args.results.open("a") as file:

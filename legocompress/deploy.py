@@ -62,9 +62,9 @@ def deploy_(
     exactly, activations and residual sums are fused into the layers before them; then the routes
     of each layer are timed in both memory formats, and the fastest whole network is kept, all-dense
     forms among them. The parameters stay as they are, so the network can still be saved,
-    exported and trained: in train mode, with gradients, autocast, another device or dtype, or once
-    a parameter has changed, it computes as before it was deployed. Works on dense networks too.
-    Register hooks before, not after: a layer that has some is left alone.
+    exported and trained: in train mode, with gradients, autocast, another device or dtype, once a
+    parameter has changed or somebody hooks a part of it, it computes as before it was deployed. A
+    layer that has hooks already is left alone. Works on dense networks too.
 
     Args:
         model: the network; it is put into eval mode.
@@ -164,6 +164,9 @@ class _Deployed(Replacement):
         # Whoever writes to a parameter counts up its version.
         self.state = [*graph.root.parameters(), *graph.root.buffers()]
         self.version = self._version()
+        parts = (m for m in graph.root.modules() if m is not graph.root)
+        hooks = (h for m in parts for h in (m._forward_hooks, m._forward_pre_hooks))
+        self.unheard = [listeners for listeners in hooks if not listeners]
 
     @property
     def own(self) -> Callable[..., Any]:
@@ -197,14 +200,14 @@ class _Deployed(Replacement):
                 device.type
             ):
                 return False
-        return self._version() == self.version
+        return self._version() == self.version and not any(self.unheard)
 
     def _version(self) -> int:
         return sum(0 if value.is_inference() else value._version for value in self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are of this process alone: a copy computes by the network's own code.
-        return {**self.__dict__, "run": None, "state": []}
+        return {**self.__dict__, "run": None, "state": [], "unheard": []}
 
 
 def _arguments(model: nn.Module, example_input: Any) -> tuple[Any, ...]:

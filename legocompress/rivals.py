@@ -117,6 +117,8 @@ def _scripted(model: nn.Module, x: Tensor) -> Form:
 
 
 def _compiled(model: nn.Module, x: Tensor, layout: Format) -> Form:
+    if not COMPILE_SECONDS:
+        raise _LeftOut("no time was given to compile")
     model, x = _channels_last(model, x) if layout == "channels_last" else (model, x)
     torch.compiler.reset()
     # Frozen, it may fold norms and pack weights, as every other form does.

@@ -77,9 +77,10 @@ def measured(
 
     with torch.no_grad():
         forms = {name: run(plan) for name, plan in plans.items()}
-        taken = interleaved(forms, device, rounds=15, seconds=seconds / 2, drop=1.2)
+        rounds = 9 if len(forms) > 1 else 1
+        taken = interleaved(forms, device, rounds, seconds=seconds / 2, drop=1.1)
     # Those that ran on to the end are compared; the others have lost.
-    rounds = max(len(times) for times in taken.values())
+    rounds = max(map(len, taken.values()))
     best = plans[fastest({n: times for n, times in taken.items() if len(times) == rounds})]
     use_(graph, best)
     best.milliseconds = milliseconds
@@ -115,7 +116,7 @@ class _Tuner(fx.Interpreter):
                 route: lambda route=route: site.run(route, args[0])  # type: ignore[misc]
                 for route in POOL_ROUTES
             }
-            self.times[site.name] = interleaved(forms, args[0].device, rounds=7, seconds=1)
+            self.times[site.name] = interleaved(forms, args[0].device, rounds=5, seconds=0.5)
             site.route = fastest(self.times[site.name])  # type: ignore[assignment]
         return super().call_module(target, args, kwargs)
 
@@ -167,7 +168,8 @@ def _site_times(
             forms[route] = lambda runner=runner: runner(x, residual)  # type: ignore[misc]
     if not forms:
         forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual)
-    return interleaved(forms, x.device, rounds=9, seconds=1, drop=1.5)
+    rounds = 7 if len(forms) > 1 else 1
+    return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3)
 
 
 def use_(graph: Graph, plan: TunedGraph) -> None:

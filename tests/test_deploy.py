@@ -407,6 +407,18 @@ def test_copies_exports_and_undeploying() -> None:
         assert torch.equal(model(X), twin(X))
 
 
+def test_a_hook_that_comes_later_is_heard() -> None:
+    model, expected = deployed()
+    heard: list[Tensor] = []
+    with model.norm1.register_forward_hook(lambda module, args, output: heard.append(output)):
+        with torch.no_grad():
+            assert relative(expected, model(X)) < 1e-6
+        assert len(heard) == 1
+    assert runs_by_graph(model)
+    totals = lego.measure(model, example_input=X).totals()
+    assert totals["dense_macs"] > totals["macs"] > 0
+
+
 def test_deploying_again_starts_afresh() -> None:
     model, _ = deployed()
     with torch.no_grad():
