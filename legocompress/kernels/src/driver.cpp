@@ -299,7 +299,7 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   v.tile_floats = tile_floats;
   v.tile_pixels_most = tile_pixels;
   v.depth = depth;
-  static const int64_t patches = env_number("LEGO_PATCHES", 64);
+  static const int64_t patches = env_number("LEGO_PATCHES", 128);
   v.patches = patches;
   const int threads = static_cast<int>(c->threads);
   k->plan(v, threads);

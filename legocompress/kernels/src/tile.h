@@ -120,7 +120,8 @@ void plan_direct(Conv& v, int threads) {
     v.z_stride = odd_lines(least(v.tile_pixels, round_up(pixels, kPixels)));
   } else if (v.direct_rows) {
     const int64_t rows = v.batch * v.out_h;
-    int64_t r = most(1, want / v.out_w);
+    // Rows of padding are packed again by every tile, so these want to be taller.
+    int64_t r = most(1, least(room, 2 * v.tile_pixels_most) / v.out_w);
     if (threads > 1) r = least(r, most(1, ceil_div(rows, 2 * threads)));
     const int64_t n = ceil_div(v.out_h, r);
     v.tile_pixels = ceil_div(v.out_h, n) * v.out_w;
