@@ -466,7 +466,7 @@ def test_choices_of_another_network_are_refused(change: dict[str, Any], word: st
 
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("route", ["assemble", "onednn", "fused"])
+@pytest.mark.parametrize("route", ["assemble", "onednn", "fused", "winograd"])
 def test_every_route_in_both_formats(route: Any, layout: Any) -> None:
     for net in (Block(act=nn.ReLU6), Geometry()):
         x = torch.randn(2, 3, 30, 26)
@@ -478,6 +478,9 @@ def test_every_route_in_both_formats(route: Any, layout: Any) -> None:
             routes = dict.fromkeys(own.routes, route)
             if route == "fused" and isinstance(net, Geometry):  # it has no groups
                 routes |= {f"layers.{i}": "onednn" for i in (5, 7, 10)}
+            if route == "winograd":
+                kept = {"stem", "conv1"} if isinstance(net, Block) else {"layers.0", "layers.8"}
+                routes = {n: route if n in kept else r for n, r in own.routes.items()}
             choices = own.model_copy(update={"routes": routes, "formats": {"": layout}})
             lego.deploy_(model, x, choices=choices)
             assert relative(expected, model(x)) < 1e-5
