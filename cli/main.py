@@ -10,6 +10,7 @@ import click
 
 from legocompress.errors import LegoError
 
+from .benchmark import benchmark
 from .calibrate import calibrate
 from .convert import convert, inspect
 from .demo import demo
@@ -29,7 +30,10 @@ def cli(debug: bool) -> None:
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-for command in (convert, inspect, calibrate, report, evaluate, export, push, demo):
+COMMANDS = (
+    convert, inspect, calibrate, report, evaluate, benchmark, export, push, demo,
+)  # fmt: skip
+for command in COMMANDS:
     cli.add_command(command)
 
 

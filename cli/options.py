@@ -230,3 +230,39 @@ def progress(quiet: bool = False) -> Progress:
         transient=True,
         disable=quiet or not console.is_terminal,
     )
+
+
+class SeveralValues(click.Command):
+    """A command whose repeatable options also take several values: --batch 1 8."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Write each further value of a repeatable option with the option's name before it."""
+        several = {
+            name: option.type
+            for option in self.params
+            if isinstance(option, click.Option) and option.multiple
+            for name in option.opts
+        }
+        spread: list[str] = []
+        option: str | None = None
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in several else None
+                fresh = True
+            elif option is not None:
+                if not fresh:
+                    if not _is_value(several[option], word):
+                        option = None
+                    else:
+                        spread.append(option)
+                fresh = False
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def _is_value(kind: Any, word: str) -> bool:
+    try:
+        kind.convert(word, None, None)
+    except click.BadParameter:
+        return False
+    return True

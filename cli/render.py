@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from legocompress.benchmark import BenchmarkRun
 from legocompress.calibrate import Calibration
 from legocompress.evaluate import Evaluation
 from legocompress.measure import LayerReport, Report
@@ -49,7 +50,7 @@ def ratio(before: float | None, after: float | None) -> str:
     return f"{before / after:.2f}x" if before and after else "?"
 
 
-TEXT_COLUMNS = ("layer", "weight", "network", "note", "stays dense because")
+TEXT_COLUMNS = ("layer", "weight", "network", "note", "stays dense because", "form", "route")
 
 
 def short(value: float | None) -> str:
@@ -263,3 +264,43 @@ def print_calibration(found: Calibration) -> None:
         click.echo(
             f"{'agreement':<20} {found.agreement_before:>8.1f} % -> {found.agreement_after:>8.1f} %"
         )
+
+
+def print_benchmark(run: BenchmarkRun, layers: bool) -> None:
+    """One run: its conditions, a row per form, theory beside measurement, what was left out."""
+    plural = "" if run.threads == 1 else "s"
+    click.echo(
+        f"\nbatch {run.batch}, {run.threads} thread{plural}, {run.dtype}, input "
+        f"{_weight(run.input_shape)}, {run.processor} ({run.instructions}); median {run.clock} of "
+        f"{run.rounds} interleaved runs"
+    )
+    rows = [
+        [
+            form.form,
+            f"{form.median_ms:.1f}",
+            f"{100 * form.spread:.0f} %",
+            f"{form.ratio:.2f}x",
+            "?" if form.peak_bytes is None else size(8 * form.peak_bytes),
+        ]
+        for form in sorted(run.forms, key=lambda form: form.median_ms)
+    ]
+    table(["form", "ms", "spread", "speed", "peak memory"], rows)
+    for name, reason in run.left_out.items():
+        click.echo(f"left out: {name}: {reason}")
+    if layers:
+        table(
+            ["layer", "route", "ms", "dense ms", "measured", "theory", "used filters only"],
+            [
+                [t.name, t.route, f"{t.ms:.2f}", f"{t.dense_ms:.2f}", f"{t.ratio:.2f}x",
+                 f"{t.bound:.2f}x", f"{t.bound_used:.2f}x"]
+                for t in run.layers
+            ],
+        )  # fmt: skip
+    slower = [t.name for t in run.layers if t.ratio < 1]
+    click.echo(
+        f"{run.ratio:.2f}x the speed of the strongest dense form ({run.strongest}); theory "
+        f"{run.bound:.2f}x, {run.bound_used:.2f}x with unused Lego filters skipped; "
+        f"{len(slower)} of {len(run.layers)} Lego layers slower than dense"
+    )
+    for note in run.notes:
+        click.echo(f"Note: {note}")

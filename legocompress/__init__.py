@@ -2,11 +2,13 @@
 
 from importlib.metadata import version
 
+from legocompress.benchmark import BenchmarkRun, benchmark
 from legocompress.calibrate import Calibration, calibrate_, gather, synthesise
 from legocompress.checkpoint import load, open_model, save
 from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
 from legocompress.convert import convert_
 from legocompress.data import open_images
+from legocompress.deploy import Deployment, deploy_, undeploy_
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
 from legocompress.export import export_dense, export_timm, to_dense
@@ -21,7 +23,9 @@ from legocompress.spec import LegoSpec, Rule
 __version__ = version("legocompress")
 
 __all__ = [
+    "BenchmarkRun",
     "Calibration",
+    "Deployment",
     "Evaluation",
     "Exported",
     "LegoError",
@@ -31,9 +35,11 @@ __all__ = [
     "Report",
     "Rule",
     "Source",
+    "benchmark",
     "calibrate_",
     "convert_",
     "create",
+    "deploy_",
     "evaluate",
     "export_dense",
     "export_onnx",
@@ -52,4 +58,5 @@ __all__ = [
     "synthesise",
     "to_dense",
     "to_dense_",
+    "undeploy_",
 ]

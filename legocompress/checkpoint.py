@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from legocompress.bounds import building_at_most, check_arguments, check_input_size
 from legocompress.calibrate.record import Calibration
+from legocompress.choices import Choices
 from legocompress.codec import encode, own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record, dequantized
@@ -65,6 +66,7 @@ class CompressionConfig(_Strict):
     skipped: dict[str, str] = {}
     layers: dict[str, LayerConfig]
     calibration: Calibration | None = None
+    deployment: tuple[Choices, ...] = Field(default=(), max_length=16)
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
@@ -100,6 +102,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         skipped=record.skipped if isinstance(record, Record) else {},
         layers=layers,
         calibration=getattr(model, "lego_calibration", None),
+        deployment=getattr(model, "lego_choices", ()),
     )
     config = timm_config(model, source)
     config["compression_config"] = block.model_dump(mode="json")
@@ -248,6 +251,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         noted.lego_record = Record(_spec(folder, block.spec), block.seed or 0, dict(block.skipped))
     if block.calibration is not None:
         noted.lego_calibration = block.calibration
+    noted.lego_choices = block.deployment
     if config.get("pretrained_cfg") is not None:
         noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()

@@ -263,12 +263,16 @@ def to_dense_(model: ModuleT) -> ModuleT:
         become_dense_(module)
     for part in model.modules():
         for name, value in list(part.__dict__.items()):
-            if isinstance(value, _RefuseFusing):
+            if isinstance(value, Replacement):
                 del part.__dict__[name]
     return model
 
 
-class _RefuseFusing:
+class Replacement:
+    """What stands in an instance for a method of its class, until the model goes dense again."""
+
+
+class _RefuseFusing(Replacement):
     """Stands in for a block's own fuse method, which would write to a weight that is not there."""
 
     def __init__(self, method: str) -> None:

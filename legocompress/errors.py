@@ -48,6 +48,10 @@ class WeightsError(LegoError):
     """Weights cannot be had, read, or do not fit the architecture."""
 
 
+class DeployError(LegoError):
+    """A network cannot be deployed on this device, or not with these choices."""
+
+
 class CheckpointError(LegoError):
     """A compressed folder is missing, damaged, or says something that cannot be true."""
 

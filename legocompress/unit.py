@@ -103,6 +103,46 @@ def split_transform_merge(
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
 
+def slot_table(
+    shape: UnitShape, index: Tensor, coefficients: Tensor | None, batch: int
+) -> tuple[Tensor, Tensor | None]:
+    """Which rows of the intermediate map (batch*g*o*m, H'*W') each output sums, with which weights.
+
+    Two tensors (batch*n, o*k), the second None in the binary form; for `merge_by_table`.
+    """
+    rows = _rows(shape, index).permute(1, 0, 2).reshape(1, shape.n_out, -1)
+    image = torch.arange(batch, device=index.device) * (shape.groups * shape.n_split * shape.n_lego)
+    bags = (rows + image[:, None, None]).reshape(batch * shape.n_out, -1)
+    if coefficients is None:
+        return bags, None
+    gains = coefficients.permute(1, 0, 2).reshape(shape.n_out, -1)
+    return bags, gains.repeat(batch, 1)
+
+
+def merge_by_table(
+    shape: UnitShape,
+    x: Tensor,
+    lego_filters: Tensor,
+    bags: Tensor,
+    gains: Tensor | None,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """As `split_transform_merge`, with the merge as one embedding_bag over a `slot_table`."""
+    missing = shape.n_split * shape.width - shape.channels
+    if missing:
+        x = F.pad(x.reshape(-1, shape.channels, *x.shape[2:]), (0, 0, 0, 0, 0, missing))
+    parts = x.reshape(-1, shape.width, *x.shape[2:])
+    z = F.conv2d(parts, lego_filters, None, stride, padding, dilation).contiguous()
+    y = F.embedding_bag(
+        bags, z.reshape(-1, z.shape[2] * z.shape[3]), mode="sum", per_sample_weights=gains
+    )
+    y = y.reshape(-1, shape.n_out, z.shape[2], z.shape[3])
+    return y if bias is None else y.add_(bias.reshape(1, -1, 1, 1))
+
+
 def _rows(shape: UnitShape, index: Tensor) -> Tensor:
     """Channels (o, n, k) of the intermediate map (N, g*o*m, H', W') that the slots name."""
     group = torch.arange(shape.groups, device=index.device)

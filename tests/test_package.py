@@ -31,6 +31,12 @@ LAYERS = [
     "kernels",
     "conv",
     "probe",
+    "timing",
+    "choices",
+    "site",
+    "graph",
+    "tune",
+    "deploy",
     "plan",
     "files",
     "bounds",
@@ -56,11 +62,14 @@ LAYERS = [
     "program",
     "onnx_file",
     "push",
+    "memory",
+    "rivals",
+    "benchmark",
     "__init__",
 ]
 # Files that need no other.
 GROUND = ["errors", "spec", "cluster.state", "probe", "calibrate.record", "calibrate.stream",
-          "calibrate.front", "calibrate.moments", "calibrate.joint"]  # fmt: skip
+          "calibrate.front", "calibrate.moments", "calibrate.joint", "timing", "memory"]  # fmt: skip
 PACKAGE = ROOT / "legocompress"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted((ROOT / "cli").glob("*.py"))

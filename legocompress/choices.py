@@ -1,0 +1,69 @@
+"""Which routes a deployed network takes, layer by layer, and the machine that they hold for."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from legocompress import kernels
+
+Format = Literal["nchw", "channels_last"]
+ConvRoute = Literal["assemble", "onednn", "reference", "table", "fused", "winograd"]
+PoolRoute = Literal["plain", "separable"]
+SiteRoute = ConvRoute | PoolRoute
+DENSE_ROUTES: tuple[ConvRoute, ...] = ("assemble", "onednn")
+POOL_ROUTES: tuple[PoolRoute, ...] = ("plain", "separable")
+
+Text = Annotated[str, Field(max_length=1000)]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Machine(_Value):
+    """What a choice of routes holds for; on another machine, or at other sizes, it is a guess."""
+
+    processor: Text
+    instructions: Text
+    threads: int = Field(ge=1, le=2**20)
+    torch: Text
+    input_shapes: tuple[tuple[int, ...], ...]
+    dtype: Text
+
+
+class Choices(_Value):
+    """A memory format for each graph of the network, and a route for each layer in them."""
+
+    machine: Machine
+    formats: dict[Text, Format]
+    routes: dict[Text, SiteRoute]
+
+
+def this_machine(inputs: tuple[Tensor, ...]) -> Machine:
+    """The machine, library and sizes that timings with these inputs would hold for."""
+    device = inputs[0].device
+    cuda = device.type == "cuda"
+    return Machine(
+        processor=torch.cuda.get_device_name(device) if cuda else _processor(),
+        instructions="none" if cuda or not kernels.available() else kernels.isa(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        input_shapes=tuple(tuple(x.shape) for x in inputs),
+        dtype=str(inputs[0].dtype).removeprefix("torch."),
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()[:1000]
+    return (platform.processor() or platform.machine())[:1000]
