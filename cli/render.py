@@ -105,6 +105,10 @@ def print_plan(plan: Plan) -> None:
         ["total", converted, "", change(short_size, dense_bits, bits),
          change(short, dense_macs, macs), ""],
     )  # fmt: skip
+    click.echo(
+        f"Training the indices takes N in memory: {size(8 * plan.proxy_bytes)} in fp32, once more "
+        "for its gradient\nand for each state of the optimiser; frozen indices take none."
+    )
     if plan.reparameterize:
         click.echo("The network has blocks in training form; they are deployed before conversion.")
     if plan.note:

@@ -3,7 +3,14 @@
 from importlib.metadata import version
 
 from legocompress.checkpoint import load, open_model, save
-from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
+from legocompress.conv import (
+    LegoModule,
+    freeze_,
+    freeze_indices_,
+    lego_modules,
+    to_dense_,
+    train_indices_,
+)
 from legocompress.convert import convert_
 from legocompress.data import open_images
 from legocompress.errors import LegoError
@@ -30,6 +37,7 @@ __all__ = [
     "evaluate",
     "export_dense",
     "freeze_",
+    "freeze_indices_",
     "lego_modules",
     "load",
     "measure",
@@ -39,4 +47,5 @@ __all__ = [
     "save",
     "to_dense",
     "to_dense_",
+    "train_indices_",
 ]

@@ -29,6 +29,7 @@ from legocompress.spec import LegoSpec, StorageDtype, UnitShape
 FORMAT_VERSION = 1
 VERSION = version("legocompress")
 CONFIG, TENSORS = "config.json", "model.safetensors"
+LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
 MAX_CONFIG_BYTES = 32 * 2**20
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
                  "float64": torch.float64}  # fmt: skip
@@ -194,7 +195,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, tensor in own_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in legos or leaf not in ("lego_filters", "index", "coefficients"):
+        if owner not in legos or leaf not in LEGO_TENSORS:
             shapes[name] = tuple(tensor.shape)
     for name, module in legos.items():
         shapes[f"{name}.weight" if name else "weight"] = tuple(module.weight.shape)

@@ -18,6 +18,7 @@ LAYERS = [
     "errors",
     "spec",
     "unit",
+    "proxy",
     "cluster.state",
     "cluster.merge",
     "cluster.exchange",
