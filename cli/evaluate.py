@@ -65,7 +65,7 @@ def evaluate(
     """Evaluate MODEL, a compressed folder or any model name, on images."""
     place = read_device(device)
     network = lego.open_model(model, **read_create_args(values)).to(place)
-    teacher = _original(network, original, original_weights)
+    teacher = open_original(network, original, original_weights)
     images = lego.open_images(data, network, data_dir, split, class_map, not no_labels)
     if not images.labelled and teacher is None:
         raise UsageError(
@@ -87,7 +87,8 @@ def evaluate(
         render.print_evaluation(found)
 
 
-def _original(network: Any, name: str | None, weights: Path | None) -> Any:
+def open_original(network: Any, name: str | None, weights: Path | None) -> Any:
+    """The original by name, or of the architecture that `network` notes; None if neither."""
     if name is None and weights is None:
         return None
     if name is not None:

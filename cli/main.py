@@ -14,6 +14,7 @@ from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
+from .finetune import finetune, recipes
 from .report import report
 
 
@@ -27,7 +28,7 @@ def cli(debug: bool) -> None:
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-for command in (convert, inspect, report, evaluate, export, demo):
+for command in (convert, inspect, report, evaluate, finetune, recipes, export, demo):
     cli.add_command(command)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +16,7 @@ from rich.table import Table
 from legocompress.evaluate import Evaluation
 from legocompress.measure import LayerReport, Report
 from legocompress.plan import LayerPlan, Plan
+from legocompress.recipe import Recipe
 
 
 def print_json(value: Any) -> None:
@@ -233,6 +235,15 @@ def print_skipped(skipped: dict[str, str]) -> None:
     reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
     for reason, number in reasons.most_common():
         click.echo(f"  {number:>4} stay dense: {reason}")
+
+
+def print_recipe(recipe: Recipe, as_json: bool) -> None:
+    """A recipe with all its defaults, as YAML that would load again, or as JSON."""
+    values = recipe.model_dump(mode="json")
+    if as_json:
+        print_json(values)
+    else:
+        click.echo(yaml.safe_dump(values, sort_keys=False), nl=False)
 
 
 def print_evaluation(found: Evaluation) -> None:

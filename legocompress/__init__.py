@@ -16,10 +16,14 @@ from legocompress.data import open_images
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
 from legocompress.export import export_dense, to_dense
+from legocompress.finetune import finetune_
+from legocompress.head import reset_classifier_
 from legocompress.measure import Report, measure
 from legocompress.models import Source, create
 from legocompress.plan import Plan, plan
+from legocompress.recipe import Recipe, load_recipe
 from legocompress.spec import LegoSpec, Rule
+from legocompress.training_data import open_training
 
 __version__ = version("legocompress")
 
@@ -29,6 +33,7 @@ __all__ = [
     "LegoModule",
     "LegoSpec",
     "Plan",
+    "Recipe",
     "Report",
     "Rule",
     "Source",
@@ -36,14 +41,18 @@ __all__ = [
     "create",
     "evaluate",
     "export_dense",
+    "finetune_",
     "freeze_",
     "freeze_indices_",
     "lego_modules",
     "load",
+    "load_recipe",
     "measure",
     "open_images",
     "open_model",
+    "open_training",
     "plan",
+    "reset_classifier_",
     "save",
     "to_dense",
     "to_dense_",

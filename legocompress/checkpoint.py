@@ -62,6 +62,7 @@ class CompressionConfig(_Strict):
     spec: dict[str, Any] | None = None
     seed: int | None = None
     skipped: dict[str, str] = {}
+    recipe: dict[str, Any] | None = None
     layers: dict[str, LayerConfig]
 
 
@@ -96,6 +97,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         spec=record.spec.model_dump(mode="json") if isinstance(record, Record) else None,
         seed=record.seed if isinstance(record, Record) else None,
         skipped=record.skipped if isinstance(record, Record) else {},
+        recipe=record.recipe if isinstance(record, Record) else None,
         layers=layers,
     )
     config = {
@@ -232,7 +234,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     noted: Any = model
     noted.lego_source = source
     if block.spec is not None:
-        noted.lego_record = Record(_spec(folder, block.spec), block.seed or 0, dict(block.skipped))
+        noted.lego_record = Record(
+            _spec(folder, block.spec), block.seed or 0, dict(block.skipped), block.recipe
+        )
     if config.get("pretrained_cfg") is not None:
         noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()
