@@ -238,7 +238,8 @@ def _named(
         found: Any = create_dataset(name, root=data_dir, split=split, input_img_mode=mode)
         dataset: Any = _Named(found, name, transform, mode)
         if isinstance(found, IterableDataset):  # a stream, which has no positions to read at
-            found.transform, dataset = transform, found
+            dataset = found
+            dataset.transform = transform
         size = len(found)
     # Each library behind these names has errors of its own.
     except Exception as error:

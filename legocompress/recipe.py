@@ -317,6 +317,8 @@ def _explain(error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
         path = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "too_short" and fault["input"]:
+            continue  # only because of faulty entries, which are told themselves
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             known = _allowed(fault["loc"])

@@ -81,7 +81,8 @@ class RunFolder:
             state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"{str(self.path / STATE)!r} is damaged: {str(error).splitlines()[0]}"
+                f"{str(self.path / STATE)!r} is damaged ({type(error).__name__}); start afresh "
+                "with --force"
             ) from error
         if not isinstance(state, dict):
             raise CheckpointError(f"{str(self.path / STATE)!r} is no state of a run")

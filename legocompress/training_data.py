@@ -170,14 +170,14 @@ def training_transform(model: nn.Module, augment: Augment) -> Callable[[Any], Te
     for key in ("crop_pct", "crop_mode"):
         cfg.pop(key, None)
     try:
-        whole: Callable[[Any], Tensor] = create_transform(**cfg, is_training=True, **wanted)
-        if augment.crop == "resized":
-            return whole
-        steps: Any = getattr(whole, "transforms", ())
+        whole: Any = create_transform(**cfg, is_training=True, **wanted)
+        steps: list[Any] = whole.transforms
         size = cfg["input_size"][1:]
         resized = Resize(size, InterpolationMode(cfg["interpolation"]))
         shift = [RandomCrop(size, padding=augment.padding)] if augment.crop == "shift" else []
-        return Compose([resized, *shift, *steps[1:]])
+        first = steps[:1] if augment.crop == "resized" else [resized, *shift]
+        composed: Callable[[Any], Tensor] = Compose([*first, *steps[1:]])
+        return composed
     except (TypeError, ValueError, KeyError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"augment: timm refuses {wanted}: {error}") from error
 
