@@ -185,6 +185,7 @@ class _Shown:
             f"epoch {p.epoch}/{p.epochs}  loss {p.loss:.4f}  {told}  "
             f"{p.changed} indices changed  {p.images_per_second:.0f} images/s{mark}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -372,4 +372,9 @@ def _explained(recipe: Recipe, epoch: int) -> Iterator[None]:
                 f"a process that reads images has died ({str(error).splitlines()[0]}); take fewer "
                 "with --workers, or none with --workers 0"
             ) from error
+        if type(error).__name__ == "DistBackendError" or "gloo" in text or "nccl" in text:
+            raise TrainingError(
+                f"another process has gone in epoch {epoch + 1}; what was saved before is still "
+                "good, and --resume goes on from it"
+            ) from error
         raise
