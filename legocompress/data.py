@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,12 @@ class _Named(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         try:
             if isinstance(self.found, ImageDataset):
-                opened, label = self.found.reader[position][:2]
-                image = Image.open(opened)
+                file, label = self.found.reader[position][:2]
+                with closing(file):
+                    image = Image.open(file).convert(self.mode)
             else:
                 image, label = self.found[position]
-            image = image.convert(self.mode)
+                image = image.convert(self.mode)
         # Each library behind these names has errors of its own.
         except Exception as error:
             where = f"{position}"
