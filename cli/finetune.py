@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -193,13 +195,15 @@ def _events(target: Path) -> Callable[[Epoch], None]:
     """What writes an epoch for TensorBoard."""
     try:
         importlib.import_module("tensorboard")
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-            str(target / "tensorboard")
-        )
+        library = importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         raise UsageError(
             "--tensorboard needs a package: pip install 'legocompress[tensorboard]'"
         ) from error
+
+    @lru_cache
+    def writer() -> Any:  # once the run has its folder
+        return library.SummaryWriter(str(target / "tensorboard"))
 
     def write(epoch: Epoch) -> None:
         p = epoch.progress
@@ -208,8 +212,8 @@ def _events(target: Path) -> Callable[[Epoch], None]:
                   "eval/top5": epoch.top5, "eval/agreement": epoch.agreement}  # fmt: skip
         for name, value in values.items():
             if value is not None:
-                writer.add_scalar(name, value, p.epoch)
-        writer.flush()
+                writer().add_scalar(name, value, p.epoch)
+        writer().flush()
 
     return write
 
