@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from timm.utils import reparameterize_model
+from torch import nn
 
 import legocompress as lego
 from legocompress.checkpoint import check_target
 from legocompress.errors import UsageError
 from legocompress.plan import Plan, plan
 
-from . import render
+from . import calibrate, render
 from .options import (
+    calibration_options,
     device_option,
     force_option,
     json_option,
@@ -41,6 +45,13 @@ from .options import (
     show_default=True,
     help="Of clustering and weights.",
 )
+@click.option(
+    "--calibrate",
+    "photos",
+    metavar="DATA",
+    help="Repair with unlabelled images: a folder, .npz file or timm data set, or 'synthetic'.",
+)
+@calibration_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @device_option
 @force_option
@@ -49,6 +60,7 @@ def convert(
     model: str,
     out: Path | None,
     seed: int,
+    photos: str | None,
     dry_run: bool,
     device: str,
     force: bool,
@@ -60,6 +72,7 @@ def convert(
     MODEL is a name (resnet50, timm/NAME, torchvision/NAME, hf-hub:USER/REPO) or a timm folder.
     """
     spec = read_spec(values)
+    settings = calibrate.read_calibration(values)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if not dry_run:
         check_target(target, force)
@@ -68,19 +81,29 @@ def convert(
     if dry_run:
         _show_plan(planned, as_json)
         return
+    original = None if photos is None else _original(network, planned)
     with progress(as_json) as bar:
         task = bar.add_task("clustering", total=len(planned.layers))
         lego.convert_(network, planned, seed, lambda row: bar.advance(task))
+    record = None
+    if photos is not None and original is not None:
+        request = calibrate.Request(photos, seed=seed, **settings)
+        record = calibrate.run(network, original, request, target, as_json)
     lego.save(network, target, force)
+    calibrate.finish(target)
     report = lego.measure(network, path=target)
     if as_json:
-        render.print_json({"out": str(target), **report.totals(), "skipped": planned.skipped})
+        found = {"out": str(target), **report.totals(), "skipped": planned.skipped}
+        found["calibration"] = None if record is None else record.model_dump()
+        render.print_json(found)
         return
     click.echo(
         f"{model} -> {target}: {len(planned.layers)} of {len(planned.rows)} layers converted"
     )
     render.print_skipped(planned.skipped)
     render.print_totals(report)
+    if record is not None:
+        render.print_calibration(record)
     click.echo(f"\nNext: legocompress report {target}")
 
 
@@ -93,6 +116,11 @@ def inspect(model: str, as_json: bool, **values: Any) -> None:
     """Show what `convert` would do to MODEL, layer by layer; nothing is changed or written."""
     spec = read_spec(values)
     _show_plan(plan(_open_dense(model, 0, read_device("cpu"), values), spec), as_json)
+
+
+def _original(network: nn.Module, planned: Plan) -> nn.Module:
+    original = copy.deepcopy(network)
+    return reparameterize_model(original) if planned.reparameterize else original
 
 
 def _open_dense(model: str, seed: int, device: Any, values: dict[str, Any]) -> Any:

@@ -10,13 +10,14 @@ import click
 
 import legocompress as lego
 from legocompress.errors import UsageError
-from legocompress.models import create, source_of
 
 from . import render
 from .options import (
     device_option,
     json_option,
     model_options,
+    original_of,
+    original_options,
     progress,
     read_create_args,
     read_device,
@@ -32,12 +33,7 @@ from .options import (
 @click.option("--split", default="validation", help="Split of a named data set.")
 @click.option("--class-map", help="Text file: class folder names in the order of the outputs.")
 @click.option("--no-labels", is_flag=True, help="Ignore labels; agreement alone.")
-@click.option("--original", help="The original network, as a model name or folder.")
-@click.option(
-    "--original-weights",
-    type=click.Path(path_type=Path),
-    help="Weights of the original, when it is the architecture that the folder names.",
-)
+@original_options
 @click.option(
     "-b", "--batch-size", type=click.IntRange(1), default=64, help="Images that run at once."
 )
@@ -65,7 +61,7 @@ def evaluate(
     """Evaluate MODEL, a compressed folder or any model name, on images."""
     place = read_device(device)
     network = lego.open_model(model, **read_create_args(values)).to(place)
-    teacher = open_original(network, original, original_weights)
+    teacher = original_of(network, original, original_weights)
     images = lego.open_images(data, network, data_dir, split, class_map, not no_labels)
     if not images.labelled and teacher is None:
         raise UsageError(
@@ -85,16 +81,3 @@ def evaluate(
         render.print_json(asdict(found))
     else:
         render.print_evaluation(found)
-
-
-def open_original(network: Any, name: str | None, weights: Path | None) -> Any:
-    """The original by name, or of the architecture that `network` notes; None if neither."""
-    if name is None and weights is None:
-        return None
-    if name is not None:
-        return lego.open_model(name, weights=weights)
-    source = source_of(network)
-    if source.library is None:
-        raise UsageError("--original-weights needs a known architecture; name it with --original")
-    named = f"{source.library}/{source.architecture}"
-    return create(named, weights=weights, model_args=source.model_args)

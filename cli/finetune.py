@@ -18,15 +18,14 @@ import legocompress as lego
 from legocompress.checkpoint import CONFIG
 from legocompress.distributed import Processes, from_environment, joined, restarted
 from legocompress.errors import UsageError
-from legocompress.finetune import Epoch, finetune_, original_of
+from legocompress.finetune import Epoch, finetune_, noted_original
 from legocompress.head import reset_classifier_
 from legocompress.recipe import Recipe, load_recipe, shipped_recipes
 from legocompress.trainer import Progress as Step
 from legocompress.training_data import open_training
 
 from . import render
-from .evaluate import open_original
-from .options import force_option, json_option, read_device
+from .options import force_option, json_option, original_of, original_options, read_device
 
 
 @click.command()
@@ -46,12 +45,7 @@ from .options import force_option, json_option, read_device
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. [default: CKPT-ft]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, if there is one.")
-@click.option("--original", help="The original network, as a model name or folder.")
-@click.option(
-    "--original-weights",
-    type=click.Path(path_type=Path),
-    help="Weights of the original, when it is the architecture that the folder names.",
-)
+@original_options
 @click.option("--num-classes", type=click.IntRange(1), help="Start with a new classifier.")
 @click.option(
     "-j", "--workers", type=click.IntRange(0), default=0, help="Processes that read images."
@@ -90,10 +84,8 @@ def finetune(
     network = lego.load(checkpoint)
     teacher = None
     if recipe.distill is not None:
-        named = original is not None or original_weights is not None
-        teacher = (
-            open_original(network, original, original_weights) if named else original_of(network)
-        ).to(place)
+        named = original_of(network, original, original_weights)
+        teacher = (noted_original(network) if named is None else named).to(place)
     if num_classes is not None:
         reset_classifier_(network, num_classes, recipe.seed)
     train, validation = open_training(network, recipe, data_dir)

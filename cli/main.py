@@ -10,6 +10,7 @@ import click
 
 from legocompress.errors import LegoError
 
+from .calibrate import calibrate
 from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
@@ -28,7 +29,7 @@ def cli(debug: bool) -> None:
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-for command in (convert, inspect, report, evaluate, finetune, recipes, export, demo):
+for command in (convert, inspect, calibrate, report, evaluate, finetune, recipes, export, demo):
     cli.add_command(command)
 
 

@@ -12,7 +12,9 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import legocompress as lego
 from legocompress.errors import SpecError, UsageError
+from legocompress.models import source_of
 from legocompress.spec import LegoSpec
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -62,6 +64,43 @@ model_options: Callable[[CommandT], CommandT] = _stack(
         click.option("--std", type=float, multiple=True, help="Standard deviation; likewise."),
         click.option("--interpolation", help="Resizing: bilinear, bicubic, nearest, ..."),
         click.option("--crop-pct", type=click.FloatRange(0, min_open=True), help="Centre crop."),
+    ]
+)
+
+calibration_options: Callable[[CommandT], CommandT] = _stack(
+    [
+        click.option(
+            "--images", type=click.IntRange(10), default=1024, help="Images to calibrate with."
+        ),
+        click.option(
+            "--epochs",
+            type=click.IntRange(0),
+            default=8,
+            help="Passes over them that tune all layers together; 0 repairs layer by layer alone.",
+        ),
+        click.option("--data-dir", help="Root of a named data set."),
+        click.option("--split", default="train", help="Split of a named data set."),
+        click.option(
+            "-b",
+            "--batch-size",
+            type=click.IntRange(1),
+            default=32,
+            help="Images run at once.",
+        ),
+        click.option(
+            "-j", "--workers", type=click.IntRange(0), default=0, help="Processes that read images."
+        ),
+    ]
+)
+
+original_options: Callable[[CommandT], CommandT] = _stack(
+    [
+        click.option("--original", help="The original network, as a model name or folder."),
+        click.option(
+            "--original-weights",
+            type=click.Path(path_type=Path),
+            help="Weights of the original, when it is the architecture that the folder names.",
+        ),
     ]
 )
 
@@ -148,6 +187,19 @@ def _key_value(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
         raise SpecError(f"--model-kwargs {text!r}: the value is no YAML") from None
+
+
+def original_of(network: Any, name: str | None, weights: Path | None) -> Any:
+    """The original of a compressed network, by name or by weights; None where neither is given."""
+    if name is None and weights is None:
+        return None
+    if name is not None:
+        return lego.open_model(name, weights=weights)
+    source = source_of(network)
+    if source.library is None:
+        raise UsageError("--original-weights needs a known architecture; name it with --original")
+    named = f"{source.library}/{source.architecture}"
+    return lego.create(named, weights=weights, model_args=source.model_args)
 
 
 def read_device(name: str) -> torch.device:

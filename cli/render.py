@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from legocompress.calibrate import Calibration
 from legocompress.evaluate import Evaluation
 from legocompress.measure import LayerReport, Report
 from legocompress.plan import LayerPlan, Plan
@@ -260,3 +261,20 @@ def print_evaluation(found: Evaluation) -> None:
     line("agreement", found.agreement, None)
     if found.output_error is not None:
         click.echo(f"output error {found.output_error:.4f} (relative to the original's outputs)")
+
+
+def print_repairs(found: Calibration) -> None:
+    """A row per layer: its output's error before and after its repair."""
+    rows = [[r.name, _error(r.before), _error(r.after), r.note or ""] for r in found.layers]
+    table(["layer", "error before", "after", "note"], rows)
+
+
+def print_calibration(found: Calibration) -> None:
+    """What the calibration used, and the network's outputs before and after."""
+    kind = "synthetic images" if found.synthetic else "unlabelled images"
+    click.echo(f"calibrated with {found.images} {kind}, one in five held out to judge by:")
+    click.echo(f"{'output error':<20} {found.error_before:>10.3f} -> {found.error_after:>10.3f}")
+    if found.agreement_before is not None and found.agreement_after is not None:
+        click.echo(
+            f"{'agreement':<20} {found.agreement_before:>8.1f} % -> {found.agreement_after:>8.1f} %"
+        )

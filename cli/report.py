@@ -27,7 +27,11 @@ def report(checkpoint: Path, repeats: int, device: str, as_json: bool) -> None:
     model = lego.load(checkpoint).to(read_device(device))
     baseline = lego.to_dense(model) if repeats else None
     found = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
+    record: lego.Calibration | None = getattr(model, "lego_calibration", None)
     if as_json:
-        render.print_json(found.to_dict())
-    else:
-        render.print_report(found)
+        calibration = None if record is None else record.model_dump()
+        render.print_json({**found.to_dict(), "calibration": calibration})
+        return
+    render.print_report(found)
+    if record is not None:
+        render.print_calibration(record)

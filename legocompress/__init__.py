@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from legocompress.calibrate import Calibration, calibrate_, gather, synthesise
 from legocompress.checkpoint import load, open_model, save
 from legocompress.conv import (
     LegoModule,
@@ -28,6 +29,7 @@ from legocompress.training_data import open_training
 __version__ = version("legocompress")
 
 __all__ = [
+    "Calibration",
     "Evaluation",
     "LegoError",
     "LegoModule",
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "Rule",
     "Source",
+    "calibrate_",
     "convert_",
     "create",
     "evaluate",
@@ -44,6 +47,7 @@ __all__ = [
     "finetune_",
     "freeze_",
     "freeze_indices_",
+    "gather",
     "lego_modules",
     "load",
     "load_recipe",
@@ -54,6 +58,7 @@ __all__ = [
     "plan",
     "reset_classifier_",
     "save",
+    "synthesise",
     "to_dense",
     "to_dense_",
     "train_indices_",

@@ -17,6 +17,7 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from legocompress.calibrate.record import Calibration
 from legocompress.codec import encode, own_tensors, packed_bytes, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record
@@ -64,6 +65,7 @@ class CompressionConfig(_Strict):
     skipped: dict[str, str] = {}
     recipe: dict[str, Any] | None = None
     layers: dict[str, LayerConfig]
+    calibration: Calibration | None = None
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
@@ -99,6 +101,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         skipped=record.skipped if isinstance(record, Record) else {},
         recipe=record.recipe if isinstance(record, Record) else None,
         layers=layers,
+        calibration=getattr(model, "lego_calibration", None),
     )
     config = {
         "architecture": source.architecture,
@@ -237,6 +240,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         noted.lego_record = Record(
             _spec(folder, block.spec), block.seed or 0, dict(block.skipped), block.recipe
         )
+    if block.calibration is not None:
+        noted.lego_calibration = block.calibration
     if config.get("pretrained_cfg") is not None:
         noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()

@@ -125,7 +125,7 @@ def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> 
     filters = factors.lego_filters.reshape(shape.n_lego, shape.width, *shape.kernel)
     gains = None
     if factors.coefficients is not None:
-        filters, gains = _balanced(filters, factors.coefficients.reshape(slots))
+        filters, gains = balanced(filters, factors.coefficients.reshape(slots))
         gains = rounded(gains, spec.coefficients_dtype)
     filters = rounded(filters, spec.dtype)
     index = factors.index.reshape(slots)
@@ -135,7 +135,7 @@ def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> 
     return module
 
 
-def _balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     """Move the gains' magnitude into the filters, by a power of two, so that fp16 holds them."""
     largest = gains.abs().max().double()
     scale = torch.exp2(torch.ceil(torch.log2(largest))) if largest > 0 else torch.ones(())

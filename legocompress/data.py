@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from legocompress.errors import DataError
 
@@ -40,6 +41,12 @@ class Images:
         """Batches in the order of the data set: images (N, c, H, W) and labels (N,)."""
         dataset: Dataset[Any] = self.dataset
         return Loader(dataset, batch_size, shuffle=False, num_workers=workers)
+
+    def sample(self, n_images: int, seed: int = 0) -> Images:
+        """At most `n_images` of them, drawn at random without repetition."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(self.size, generator=generator)[:n_images].tolist()
+        return replace(self, dataset=Subset(self.dataset, drawn), size=len(drawn))
 
 
 class Loader(DataLoader[Any]):

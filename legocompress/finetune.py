@@ -217,7 +217,7 @@ def _row(epoch: Epoch) -> dict[str, Any]:
     return {"epoch": p.epoch - 1, "train": train, "eval": evaluated, "lr": p.lr}
 
 
-def original_of(model: nn.Module) -> nn.Module:
+def noted_original(model: nn.Module) -> nn.Module:
     """The network that a converted one was made of, by the name that the checkpoint notes.
 
     Raises:

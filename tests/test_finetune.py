@@ -27,7 +27,7 @@ from legocompress.errors import (
     TrainingError,
     UsageError,
 )
-from legocompress.finetune import Epoch, finetune_, original_of
+from legocompress.finetune import Epoch, finetune_, noted_original
 from legocompress.trainer import Progress, Trainer
 from tests.tiny import compressed, dense, recipe, write_images
 
@@ -354,7 +354,7 @@ def test_distilling_needs_the_original(images: Path) -> None:
     with pytest.raises(UsageError, match="not given"):
         train(compressed(), images, {"distill": {}})
     with pytest.raises(UsageError, match="--original"):
-        original_of(compressed())
+        noted_original(compressed())
     changes = {"distill": {"features": 1, "layers": ["layer9"]}}
     with pytest.raises(UsageError, match="has no module 'layer9'"):
         train(compressed(), images, changes, original=dense())
@@ -368,4 +368,4 @@ def test_a_checkpoint_names_its_original(tmp_path: Path) -> None:
     model = copy.deepcopy(teacher)
     lego.convert_(model, lego.plan(model, lego.LegoSpec(allow_expansion=True)))
     with pytest.raises(UsageError, match="random, seed 0"):
-        original_of(model)
+        noted_original(model)

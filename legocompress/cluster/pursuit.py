@@ -70,16 +70,24 @@ def _pursue_plain(inner: Tensor, gram: Tensor, n_terms: int) -> tuple[Tensor, Te
     return index, torch.ones_like(inner[:, :n_terms])
 
 
+def pursue(inner: Tensor, gram: Tensor, n_terms: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Pick `n_terms` distinct filters a row, index and gains, from products with the bank.
+
+    `inner` (rows, n_lego) and `gram` (n_lego, n_lego) are products in any metric; with signed gains
+    the filters have length one in it.
+    """
+    return (_pursue_signed if signed else _pursue_plain)(inner, gram, n_terms)
+
+
 def _pursue(x: Tensor, bank: Tensor, n_terms: int, signed: bool) -> State:
     """Pick `n_terms` distinct Lego filters for every fragment."""
-    pick = _pursue_signed if signed else _pursue_plain
     gram = bank @ bank.T
     rows = max(1, WIDE_CHUNK // (len(bank) * (n_terms + 2)))
     parts = []
     for part in torch.split(x, rows):
         inner = part @ bank.T
         with one_thread():
-            parts.append(pick(inner, gram, n_terms))
+            parts.append(pursue(inner, gram, n_terms, signed))
     index, gain = (torch.cat(both) for both in zip(*parts, strict=True))
     state = State(0.0, bank, index, gain)
     error = float((x - assemble(state)).square().sum(dtype=torch.float64))

@@ -1,0 +1,176 @@
+"""`calibrate`: repair a compressed folder with unlabelled images, as `convert --calibrate` does."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+import legocompress as lego
+from legocompress.checkpoint import check_target
+from legocompress.errors import UsageError
+from legocompress.models import source_of
+
+from . import render
+from .options import (
+    calibration_options,
+    device_option,
+    force_option,
+    json_option,
+    original_of,
+    original_options,
+    progress,
+    read_device,
+)
+
+SYNTHETIC = "synthetic"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options of a calibration ask for."""
+
+    where: str
+    images: int
+    epochs: int
+    batch_size: int
+    workers: int
+    data_dir: str | None
+    split: str
+    seed: int
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    help="Image folder, .npz file, or timm data set; or 'synthetic' for none at all.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write. [default: CKPT-calibrated]"
+)
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Of all that is random.")
+@calibration_options
+@original_options
+@device_option
+@force_option
+@json_option
+def calibrate(
+    checkpoint: Path,
+    data: str,
+    out: Path | None,
+    seed: int,
+    original: str | None,
+    original_weights: Path | None,
+    device: str,
+    force: bool,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Repair the compressed folder CHECKPOINT with unlabelled images, towards its original."""
+    target = out or Path(f"{str(checkpoint).rstrip('/')}-calibrated")
+    check_target(target, force)
+    place = read_device(device)
+    network = lego.load(checkpoint).to(place)
+    teacher = original_of(network, original, original_weights)
+    if teacher is None:
+        teacher = _library_weights(network)
+    if source_of(network).reparameterized:
+        teacher = reparameterize_model(teacher)
+    request = Request(data, seed=seed, **read_calibration(values))
+    record = run(network, teacher.to(place), request, target, as_json)
+    lego.save(network, target, force)
+    finish(target)
+    if as_json:
+        render.print_json({"out": str(target), **record.model_dump()})
+        return
+    render.print_repairs(record)
+    render.print_calibration(record)
+    click.echo(f"\nNext: legocompress report {target}")
+
+
+def read_calibration(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a calibration out of a command's values."""
+    names = ("images", "epochs", "batch_size", "workers", "data_dir", "split")
+    return {name: values.pop(name) for name in names}
+
+
+def _library_weights(network: nn.Module) -> nn.Module:
+    source = source_of(network)
+    if source.library is None:
+        raise UsageError("the original cannot be rebuilt by name; give it with --original")
+    named = f"{source.library}/{source.architecture}"
+    return lego.create(named, model_args=source.model_args)
+
+
+def run(
+    network: nn.Module, original: nn.Module, request: Request, target: Path, quiet: bool
+) -> lego.Calibration:
+    """Calibrate with a bar; layers done are kept beside `target` until `finish`."""
+    synthetic = request.where == SYNTHETIC
+    with progress(quiet) as bar:
+        make = _synthesise if synthetic else _read
+        images = make(original, request, bar)
+        layers = bar.add_task("layers", total=sum(1 for _ in lego.lego_modules(network)))
+        tuning = bar.add_task("all together", total=None, visible=request.epochs > 0)
+        try:
+            return lego.calibrate_(
+                network,
+                original,
+                images,
+                seed=request.seed,
+                epochs=request.epochs,
+                batch_size=request.batch_size,
+                synthetic=synthetic,
+                journal=_journal(target),
+                on_layer=lambda row: bar.advance(layers),
+                on_batch=lambda done, of: bar.update(tuning, completed=done, total=of),
+            )
+        except KeyboardInterrupt:
+            click.echo(
+                f"The layers done are kept in {_journal(target)}; the same command goes on there.",
+                err=True,
+            )
+            raise
+
+
+def _journal(target: Path) -> Path:
+    return target.with_name(f"{target.name}.calibrating")
+
+
+def finish(target: Path) -> None:
+    """Remove the layers kept for an interrupted run: the output stands."""
+    shutil.rmtree(_journal(target), ignore_errors=True)
+
+
+def _read(original: nn.Module, request: Request, bar: Any) -> Tensor:
+    images = lego.open_images(
+        request.where, original, request.data_dir, request.split, labels=False
+    ).sample(request.images, request.seed)
+    task = bar.add_task("reading images", total=images.size)
+
+    def batches() -> Any:
+        for batch, _ in images.batches(request.batch_size, request.workers):
+            yield batch
+            bar.advance(task, len(batch))
+
+    return lego.gather(batches(), images.size)
+
+
+def _synthesise(original: nn.Module, request: Request, bar: Any) -> Tensor:
+    task = bar.add_task("shaping noise", total=None)
+    with torch.random.fork_rng(devices=[]):
+        return lego.synthesise(
+            original,
+            request.images,
+            request.seed,
+            request.batch_size,
+            on_step=lambda done, of: bar.update(task, completed=done, total=of),
+        )

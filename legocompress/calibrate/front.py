@@ -1,0 +1,200 @@
+"""Images on their way through a network, kept where the layer at hand is near.
+
+Calibrating layer after layer would run the whole network up to each of them. Where all that comes
+later depends on the output of one module alone (a residual block, a stage), that output is kept,
+and the network runs on from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+BUDGET = 1 << 30
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module in a forward pass: when it is first entered and last left, how often it runs.
+
+    `shape` is that of its output for one image, None where that is no tensor with a row an image.
+    """
+
+    enter: int
+    leave: int
+    calls: int
+    shape: tuple[int, ...] | None
+
+
+def steps(model: nn.Module, images: Tensor) -> dict[str, Step]:
+    """Run the model once and note when its modules run."""
+    seen: dict[str, Step] = {}
+    clock = count()
+    entered: dict[str, list[int]] = {}
+
+    def enter(name: str) -> None:
+        entered.setdefault(name, []).append(next(clock))
+
+    def leave(name: str, output: Any) -> None:
+        plain = isinstance(output, Tensor) and output.dim() > 0 and len(output) == len(images)
+        times = entered[name]
+        shape = tuple(output.shape[1:]) if plain else None
+        seen[name] = Step(times[0], next(clock), len(times), shape)
+
+    hooks = []
+    for name, part in model.named_modules():
+        if part is not model:
+            hooks.append(part.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+            hooks.append(part.register_forward_hook(lambda *a, name=name: leave(name, a[2])))
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+class Front:
+    """Batches on their way through two networks of the same modules, the original and the student.
+
+    Args:
+        networks: both, in eval mode; nothing but layers still to be reached may change meanwhile.
+        batches: images (N, c, H, W), at least two in the first batch.
+        budget: bytes that may be kept for each network.
+    """
+
+    def __init__(
+        self, networks: Sequence[nn.Module], batches: Sequence[Tensor], budget: int = BUDGET
+    ) -> None:
+        self.networks, self.images, self.budget = networks, batches, budget
+        self._trial = batches[0][:2]
+        self.steps = steps(networks[0], self._trial)
+        self._wanted = _outputs(networks[0], self._trial)
+        self._sound: dict[str, bool] = {}
+        self.passed: list[str] = []
+        self._cut: str | None = None
+        self._kept: list[list[Tensor]] = []
+
+    def advance(self, layer: str) -> None:
+        """Run every batch on to the last module before `layer` that the rest depends on alone."""
+        first = self.steps[layer].enter
+        behind = -1 if self._cut is None else self.steps[self._cut].leave
+        ready = [
+            n
+            for n, s in self.steps.items()
+            if behind < s.leave < first and s.calls == 1 and s.shape is not None
+        ]
+        for name in sorted(ready, key=lambda n: -self.steps[n].leave):
+            if self.steps[name].shape is not None and self._is_cut(name):
+                self.passed.append(name)
+                if self._fits(name):
+                    self._kept = [self._run_on(position, name) for position in range(2)]
+                    self._cut = name
+                return
+
+    def batches(self) -> Iterator[tuple[nn.Module, nn.Module, Tensor]]:
+        """Both networks, which run on from where they are kept, and each batch to give them."""
+        for number, images in enumerate(self.images):
+            with ExitStack() as both:
+                for position, network in enumerate(self.networks):
+                    both.enter_context(self._start(position, network, number))
+                yield self.networks[0], self.networks[1], images
+
+    def _start(
+        self, position: int, network: nn.Module, number: int
+    ) -> AbstractContextManager[None]:
+        if self._cut is None:
+            return nullcontext()
+        return self._resume(network, self._cut, self._kept[position][number])
+
+    def _fits(self, name: str) -> bool:
+        shape = self.steps[name].shape
+        n_images = sum(len(batch) for batch in self.images)
+        size = self._trial.element_size()
+        assert shape is not None
+        return n_images * math.prod(shape) * size <= self.budget
+
+    def _is_cut(self, name: str) -> bool:
+        """Whether the output stays the same to the bit with zeros for all that came before."""
+        if name not in self._sound:
+            network = self.networks[0]
+            value = _output_of(network, network.get_submodule(name), self._trial)
+            with self._resume(network, name, value):
+                try:
+                    found = _outputs(network, self._trial)
+                # Zeros in place of the truth may upset a network in any way; then it is no cut.
+                except Exception:
+                    found = []
+            same = len(found) == len(self._wanted)
+            pairs = zip(found, self._wanted, strict=False)
+            self._sound[name] = same and all(torch.equal(a, b) for a, b in pairs)
+        return self._sound[name]
+
+    def _run_on(self, position: int, name: str) -> list[Tensor]:
+        network = self.networks[position]
+        module, kept = network.get_submodule(name), []
+        for number, images in enumerate(self.images):
+            with self._start(position, network, number):
+                kept.append(_output_of(network, module, images))
+        return kept
+
+    @contextmanager
+    def _resume(self, network: nn.Module, cut: str, value: Tensor) -> Iterator[None]:
+        """Let the cut return `value` and all modules before it zeros, without running them."""
+        end = self.steps[cut].leave
+        replaced: list[nn.Module] = []
+        stubs: list[str] = []
+        try:
+            for name, module in network.named_modules():
+                step = self.steps.get(name)
+                if step is None or step.leave > end or step.shape is None:
+                    continue
+                if any(name.startswith(f"{stub}.") for stub in stubs):
+                    continue
+                stubs.append(name)
+                zeros = partial(value.new_zeros, (len(value), *step.shape))
+                # A copy each time: the network may work in place.
+                make = value.clone if name == cut else zeros
+                module.__dict__["forward"] = lambda *_, make=make, **__: make()
+                replaced.append(module)
+            yield
+        finally:
+            for module in replaced:
+                del module.__dict__["forward"]
+
+
+class _Reached(Exception):
+    """The module's output is there; the rest of the network need not run."""
+
+
+@torch.no_grad()
+def _output_of(network: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
+    outputs: list[Tensor] = []
+
+    def catch(*values: Any) -> None:
+        outputs.append(values[2].detach().clone())
+        raise _Reached
+
+    hook = module.register_forward_hook(catch)
+    try:
+        network(images)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return outputs[0]
+
+
+@torch.no_grad()
+def _outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+    return [leaf.clone() for leaf in tree_leaves(network(images)) if isinstance(leaf, Tensor)]

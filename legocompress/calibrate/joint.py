@@ -1,0 +1,147 @@
+"""After the layers: norm statistics, and all Lego values together, against the original network.
+
+No label is read. Either step stays only where images that it did not use say that it helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from legocompress.conv import lego_modules
+
+RATE = 4e-3
+WARM_UP = 0.1
+
+
+def output_error(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float:
+    """Relative error ||y - y'|| / ||y|| of all outputs, over batches (N, c, H, W)."""
+    error = energy = 0.0
+    with torch.no_grad():
+        for images in batches:
+            both = zip(_tensors(original(images)), _tensors(model(images)), strict=True)
+            for wanted, found in both:
+                error += float((wanted.double() - found).square().sum())
+                energy += float(wanted.double().square().sum())
+    return float((error / max(energy, 1e-30)) ** 0.5)
+
+
+def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float | None:
+    """Percentage of images on which both have the same first class; None for other outputs."""
+    same = seen = 0
+    with torch.no_grad():
+        for images in batches:
+            wanted, found = original(images), model(images)
+            if not isinstance(wanted, Tensor) or wanted.dim() != 2:
+                return None
+            same += int((wanted.argmax(1) == found.argmax(1)).sum())
+            seen += len(images)
+    return 100 * same / seen
+
+
+def reestimate_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Replace the statistics of every BatchNorm by their averages over the batches."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.training = True
+        with torch.no_grad():
+            for images in batches:
+                model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum, norm.training = momentum, False
+
+
+def tune_(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Sequence[Tensor],
+    points: Sequence[str],
+    epochs: int,
+    seed: int,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> None:
+    """Tune Lego filters and coefficients of all layers together, towards the original's maps.
+
+    Minimises the squared error of what the modules `points` and the network put out, each divided
+    by its variance, by Adam with a one-cycle rate; the images are mirrored at random, since the
+    original tells what it does on any image. Nothing but filters and coefficients changes.
+
+    Args:
+        model: in eval mode; changed in place.
+        original: in eval mode.
+        batches: images (N, c, H, W).
+        points: names of modules that return one tensor.
+        epochs: passes over the images.
+        seed: of the order of the batches.
+        on_batch: called with batches done and in all.
+    """
+    pairs = [(m.lego_filters, m.coefficients) for _, m in lego_modules(model)]
+    values = [value for pair in pairs for value in pair if value is not None]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    n_steps = epochs * len(batches)
+    optimiser = torch.optim.Adam(values, RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, n_steps, pct_start=WARM_UP)
+    generator = torch.Generator().manual_seed(seed)
+    order = [n for _ in range(epochs) for n in torch.randperm(len(batches), generator=generator)]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for value in values:
+            value.requires_grad_(True)
+        for step, number in enumerate(order):
+            images = _flipped(batches[number], generator)
+            with torch.no_grad():
+                wanted = _maps(original, points, images)
+            with torch.enable_grad():
+                found = _maps(model, points, images)
+                losses = [_relative(a, b) for a, b in zip(found, wanted, strict=True)]
+                parts, ends = losses[: len(points)], losses[len(points) :]
+                loss = torch.stack([*(part / len(parts) for part in parts), *ends]).sum()
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            if on_batch is not None:
+                on_batch(step + 1, n_steps)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def _flipped(images: Tensor, generator: torch.Generator) -> Tensor:
+    chosen = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    return F.mse_loss(found, wanted) / wanted.var().clamp(min=1e-12)
+
+
+def _maps(network: nn.Module, points: Sequence[str], images: Tensor) -> list[Tensor]:
+    """What the modules `points` put out, then the network."""
+    outputs: list[Tensor] = []
+    modules = [network.get_submodule(name) for name in points]
+    # A copy: the network may go on in place.
+    hooks = [m.register_forward_hook(lambda *a: outputs.append(a[2].clone())) for m in modules]
+    try:
+        result = network(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs + _tensors(result)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]

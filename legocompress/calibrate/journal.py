@@ -1,0 +1,63 @@
+"""Layers that an interrupted calibration has repaired, each in a file of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from legocompress.calibrate.record import LayerRepair
+from legocompress.conv import LegoModule
+from legocompress.files import writing
+
+
+def digest(*tensors: Tensor) -> str:
+    """SHA-256 over the values of tensors, in hex."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+class Journal:
+    """A folder of repaired layers; files of another calibration are passed over.
+
+    Args:
+        folder: made where it is missing.
+        key: what the calibration depends on: networks, images, settings.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, row: LayerRepair, layer: LegoModule) -> None:
+        """Write one repaired layer."""
+        tensors = {name: value.contiguous() for name, value in layer.state_dict().items()}
+        with writing(self._path(row.name), force=True) as path:
+            path.write_bytes(save(tensors, {"key": self.key, "row": row.model_dump_json()}))
+
+    def take_(self, name: str, layer: LegoModule) -> LayerRepair | None:
+        """Put back a layer that was written by this same calibration, if it was."""
+        try:
+            with safe_open(self._path(name), "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != self.key:
+                    return None
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            layer.load_state_dict(tensors)
+            return LayerRepair.model_validate_json(metadata["row"])
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError):
+            return None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+
+
+def state_of(*networks: nn.Module) -> str:
+    """SHA-256 over the state of networks."""
+    return digest(*(value for network in networks for value in network.state_dict().values()))

@@ -1,0 +1,148 @@
+"""Repair the Lego layers of a network one after the other, each on what the ones before give it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from legocompress.calibrate.front import Front
+from legocompress.calibrate.journal import Journal
+from legocompress.calibrate.moments import Moments
+from legocompress.calibrate.record import LayerRepair
+from legocompress.calibrate.solve import Unit, fit_unit
+from legocompress.calibrate.stream import Call, run_to
+from legocompress.conv import LegoModule, lego_modules
+from legocompress.convert import balanced, rounded
+
+SAMPLES = 32_768
+HELD_OUT = 5  # one image of so many tells when to stop
+DAMPING = 1e-3
+EXACT = 1e-6  # relative squared error below which sums in float32 tell nothing
+WIDEST = 6_144  # values of a patch whose products are kept all together
+
+
+def repair_layers(front: Front, seed: int, journal: Journal | None = None) -> Iterator[LayerRepair]:
+    """Repair each Lego layer in the order in which they run, and tell about it.
+
+    Args:
+        front: the original and the network with Lego modules, both in eval mode, and images.
+        seed: of the sampled pixels and the clustering.
+        journal: of layers repaired before.
+    """
+    layers = dict(lego_modules(front.networks[1]))
+    for name in layers:
+        if name not in front.steps:
+            yield LayerRepair(name=name, note="never ran")
+    running = [name for name in layers if name in front.steps]
+    for number, name in enumerate(sorted(running, key=lambda n: front.steps[n].enter)):
+        front.advance(name)
+        row = None if journal is None else journal.take_(name, layers[name])
+        if row is None:
+            row = _repair(front, name, layers[name], (1_000_003 * seed + number) % 2**63)
+            if journal is not None:
+                journal.put(row, layers[name])
+        yield row
+
+
+def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepair:
+    calls, n_calls = next(_calls(front, name))[1], front.steps[name].calls
+    if len(calls) != n_calls:
+        return LayerRepair(name=name, note=f"runs {len(calls)} convs in {n_calls} calls")
+    seen, held_out = _moments(front, name, layer, seed)
+    if not (math.isfinite(seen.energy) and bool(seen.square.isfinite().all())):
+        return LayerRepair(name=name, note="its inputs hold NaN or infinity")
+    before = held_out.error(_padded(layer, calls[0].weight))
+    if not seen.energy:
+        return LayerRepair(name=name, note="the original's outputs are zero")
+    if before < EXACT:
+        return LayerRepair(name=name, before=before**0.5, after=before**0.5)
+    kept = {key: value.clone() for key, value in layer.state_dict().items()}
+    write_(layer, fit_unit(unit_of(layer), seen, held_out, seed))
+    # The effective weight is asked for anew: the layer's class may standardise it.
+    after = held_out.error(_padded(layer, next(_calls(front, name))[1][0].weight))
+    if not after < before:
+        layer.load_state_dict(kept)
+        after = before
+    return LayerRepair(name=name, before=before**0.5, after=after**0.5)
+
+
+def _calls(front: Front, name: str) -> Iterator[tuple[list[Call], list[Call]]]:
+    """The convs that the layer runs in both networks, batch by batch."""
+    n_calls = front.steps[name].calls
+    for original, model, images in front.batches():
+        yield (
+            run_to(original, original.get_submodule(name), n_calls, images),
+            run_to(model, model.get_submodule(name), n_calls, images),
+        )
+
+
+def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Moments, Moments]:
+    """Sums over sampled pixels of most images, and of the rest."""
+    shape = layer.lego_shape
+    channels = shape.n_split * shape.width
+    patch = channels * shape.kernel[0] * shape.kernel[1]
+    parts = 1 if patch <= WIDEST else shape.n_split
+    device = layer.lego_filters.device
+    both = [Moments(shape.groups, patch, shape.n_out, parts, device) for _ in range(2)]
+    per_image = -(-SAMPLES // sum(len(images) for images in front.images))
+    generator = torch.Generator().manual_seed(seed)
+    filters, first = None, 0
+    for theirs, ours in _calls(front, name):
+        per_call = -(-per_image // len(ours))
+        for target, call in zip(theirs, ours, strict=True):
+            image, position = _sample(len(call.x), math.prod(call.size), per_call, generator)
+            held = (image + first) % HELD_OUT == HELD_OUT - 1
+            filters = _padded(layer, target.weight)
+            x = call.patches(image, position, channels).float()
+            wanted = target.patches(image, position, channels).float()
+            y = torch.einsum("pgd,gnd->pgn", wanted, filters)
+            both[0].add(x[~held], y[~held])
+            both[1].add(x[held], y[held])
+        first += len(ours[0].x)
+    assert filters is not None
+    both[0].finish(filters, DAMPING)
+    both[1].finish(filters)
+    return both[0], both[1]
+
+
+def _padded(layer: LegoModule, weight: Tensor) -> Tensor:
+    """A dense weight (n, c/g, kh, kw) as filters (g, n/g, D) with the unit's padded channels."""
+    shape = layer.lego_shape
+    missing = shape.n_split * shape.width - shape.channels
+    filters = F.pad(weight.float(), (0, 0, 0, 0, 0, missing))
+    return filters.reshape(shape.groups, shape.n_out // shape.groups, -1)
+
+
+def unit_of(layer: LegoModule) -> Unit:
+    shape = layer.lego_shape
+    gains = None if layer.coefficients is None else layer.coefficients.detach().float()
+    bank = layer.lego_filters.detach().float().reshape(shape.n_lego, -1)
+    return Unit(shape, bank, layer.index, gains)
+
+
+@torch.no_grad()
+def write_(layer: LegoModule, unit: Unit) -> None:
+    """Put the values into the layer, as its storage types hold them."""
+    filters = unit.bank.reshape(layer.lego_filters.shape)
+    if layer.coefficients is not None:
+        assert unit.gains is not None
+        filters, gains = balanced(filters, unit.gains)
+        layer.coefficients.copy_(rounded(gains, layer.coefficients_dtype))
+    layer.lego_filters.copy_(rounded(filters, layer.storage_dtype))
+    layer.index.copy_(unit.index)
+    layer.frozen_weight = None
+
+
+def _sample(
+    n_images: int, n_pixels: int, per_image: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Pixels of every image, without repetition: image (P,) and position (P,)."""
+    if per_image >= n_pixels:
+        position = torch.arange(n_pixels).repeat(n_images)
+    else:
+        position = torch.rand(n_images, n_pixels, generator=generator).topk(per_image).indices
+    return torch.arange(n_images).repeat_interleave(min(per_image, n_pixels)), position.flatten()

@@ -1,0 +1,134 @@
+"""The convs that one layer runs, caught as PyTorch sees them, and patches of their inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Call:
+    """One conv: input (N, c, H, W), padded already, effective weight (n, c/g, kh, kw), and sizes.
+
+    Whatever the layer's class does to its input and weight beforehand is in them: padding of any
+    mode, standardised weights.
+    """
+
+    x: Tensor
+    weight: Tensor
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        sides = zip(
+            self.x.shape[2:], self.weight.shape[2:], self.stride, self.dilation, strict=True
+        )
+        height, width = ((side - d * (k - 1) - 1) // s + 1 for side, k, s, d in sides)
+        return height, width
+
+    def patches(self, image: Tensor, position: Tensor, channels: int) -> Tensor:
+        """Input patches (P, g, channels * kh * kw), zero-padded up to `channels`.
+
+        Args:
+            image: (P,) which image.
+            position: (P,) which pixel of the output, row by row.
+            channels: of a group.
+        """
+        (height, width), (kh, kw) = self.size, self.weight.shape[2:]
+        (sh, sw), (dh, dw) = self.stride, self.dilation
+        x = self.x.contiguous()
+        per_image, per_channel, per_row, per_pixel = x.stride()
+        windows = x.as_strided(
+            (len(x), height, width, x.shape[1], kh, kw),
+            (per_image, per_row * sh, per_pixel * sw, per_channel, per_row * dh, per_pixel * dw),
+        )
+        taken = windows[image, position // width, position % width]
+        taken = taken.reshape(len(taken), self.groups, -1, kh, kw)
+        return F.pad(taken, (0, 0, 0, 0, 0, channels - taken.shape[2])).flatten(2)
+
+
+class _Reached(Exception):
+    """The layer has made its last call; the rest of the network need not run."""
+
+
+class _Catch(TorchFunctionMode):
+    """Notes every conv2d and linear that runs while a layer is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = False
+        self.calls: list[Call] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.entered and func is F.conv2d:
+            self.calls.append(_conv(*args, **kwargs))
+        elif self.entered and func is F.linear:
+            self.calls.append(_linear(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+def _conv(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Call:
+    steps = _pair(dilation)
+    reach = [d * (k - 1) for d, k in zip(steps, weight.shape[2:], strict=True)]
+    if padding == "same":
+        sides = [(r // 2, r - r // 2) for r in reach]
+    else:
+        sides = [(p, p) for p in _pair(0 if padding == "valid" else padding)]
+    x = F.pad(input, (*sides[1], *sides[0]))
+    return Call(x.detach(), weight.detach(), _pair(stride), steps, groups)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
+    x = input.detach().reshape(-1, input.shape[-1], 1, 1)
+    return Call(x, weight.detach()[:, :, None, None], (1, 1), (1, 1), 1)
+
+
+def run_to(model: nn.Module, layer: nn.Module, n_calls: int, images: Tensor) -> list[Call]:
+    """Run `model` on images until `layer` has been called `n_calls` times; return its convs."""
+    catch = _Catch()
+    left = n_calls
+
+    def enter(*_: object) -> None:
+        catch.entered = True
+
+    def leave(*_: object) -> None:
+        nonlocal left
+        catch.entered = False
+        left -= 1
+        if not left:
+            raise _Reached
+
+    hooks = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    try:
+        with catch, torch.no_grad():
+            model(images)
+    except _Reached:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return catch.calls
