@@ -5,6 +5,7 @@
 
 A row that `--out` holds already is not run again, and one that was interrupted goes on. Test
 accuracy is that of the last epoch as it is stored; no epoch is chosen by the test images.
+`--step-cost 10` times a training step against the dense network's.
 `--transfer FILE --weights FILE` runs the transfer of squeezenet1_1 to emoji64 instead.
 """
 
@@ -15,13 +16,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import legocompress as lego
 from legocompress.convert import Record
@@ -131,11 +133,9 @@ def factorised(model: nn.Module, share: float) -> nn.Module:
         assert isinstance(conv, nn.Conv2d)
         u, s, v = torch.linalg.svd(conv.weight.detach().flatten(1), full_matrices=False)
         rank = max(1, round(share * len(s)))
-        narrow = nn.Conv2d(
-            conv.in_channels, rank, 3, conv.stride, conv.padding, bias=False
-        ) if conv.kernel_size == (3, 3) else nn.Conv2d(
-            conv.in_channels, rank, conv.kernel_size, conv.stride, conv.padding, bias=False
-        )  # fmt: skip
+        size: Any = conv.kernel_size
+        geometry: Any = (conv.stride, conv.padding)
+        narrow = nn.Conv2d(conv.in_channels, rank, size, *geometry, bias=False)
         wide = nn.Conv2d(rank, conv.out_channels, 1, bias=False)
         root = s[:rank].sqrt()
         with torch.no_grad():
@@ -181,6 +181,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     recipe = lego.load_recipe("fashion-mnist", changes)
     model = start_of(row, args.data_dir, seed)
     train, validation = lego.open_training(model, recipe, args.data_dir)
+    if args.images is not None:
+        chosen = range(min(args.images, train.size))
+        train = replace(train, dataset=Subset(train.dataset, chosen), size=len(chosen))
     tests = lego.open_training(model, lego.load_recipe("fashion-mnist", ["data.holdout=0"]),
                                args.data_dir)[1]  # fmt: skip
     before = lego.evaluate(model, tests.batches(250)).top1
@@ -200,7 +203,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     after = lego.evaluate(model, tests.batches(250)).top1
     found = measure(model).totals()
     result = {"row": name, "seed": seed, "before": before, "after": after, "epochs": epochs,
-              "changes": args.set, "bytes": found["bits"] / 8, "macs": cost(model, "macs")
+              "changes": args.set, "images": train.size, "bytes": found["bits"] / 8, "macs": cost(model, "macs")
               if not found["macs"] else found["macs"]}  # fmt: skip
     note.write_text(json.dumps(result) + "\n")
 
@@ -209,6 +212,8 @@ def print_table(out: Path) -> None:
     """Every row that has been run: mean over its seeds."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     of_dense = [r["after"] for r in results if r["row"] == "dense"]
+    budgets = sorted({r["images"] for r in results if ROWS[r["row"]].trains})
+    print(f"Three epochs on {', '.join(f'{n:,}' for n in budgets)} images\n")
     print("| row | ideal size | MACs | test top-1 before | after | below dense | seeds |")
     print("|---|---|---|---|---|---|---|")
     for name in ROWS:
@@ -220,6 +225,34 @@ def print_table(out: Path) -> None:
         below = f"{of_dense[0] - after:.2f}" if of_dense else "?"
         print(f"| {name} | {runs[0]['bytes'] / 1e3:.0f} kB | {runs[0]['macs'] / 1e6:.2f}M "
               f"| {before:.2f} | {after:.2f}{spread} | {below} | {len(runs)} |")  # fmt: skip
+
+
+def step_cost(args: argparse.Namespace) -> None:
+    """A training step of the shipped network over the dense one's, in turns in one process."""
+    print("| unit | indices | step over the dense step, median | quartiles |\n|---|---|---|---|")
+    x = torch.randn(args.batch, 1, 56, 56)
+    for unit in ({**FOUR, "k": 1}, {**SIXTEEN, "k": 1}, {**SIXTEEN, "k": 4}):
+        frozen = lego.convert_(dense(), lego.plan(dense(), lego.LegoSpec(**unit)))
+        networks = {"dense": dense(), "frozen": frozen,
+                    "trained": lego.train_indices_(copy.deepcopy(frozen))}  # fmt: skip
+        optimizers = {
+            form: torch.optim.SGD(network.train().parameters(), 1e-4, momentum=0.9)
+            for form, network in networks.items()
+        }
+        times: dict[str, list[float]] = {form: [] for form in networks}
+        for _ in range(args.step_cost + 1):
+            for form, network in networks.items():
+                started = time.perf_counter()
+                optimizers[form].zero_grad()
+                torch.autograd.backward(network(x).square().mean())
+                optimizers[form].step()
+                times[form].append(time.perf_counter() - started)
+        told = " ".join(f"{key}={value}" for key, value in unit.items())
+        for form in ("frozen", "trained"):
+            pairs = zip(times[form][1:], times["dense"][1:], strict=True)
+            low, middle, high = statistics.quantiles([ours / its for ours, its in pairs], n=4)
+            print(f"| {told} | {form} | {middle:.2f} | {low:.2f} to {high:.2f} |", flush=True)
+    print(f"\n{args.step_cost} steps of {args.batch} images, {args.threads} thread(s), fp32, CPU")
 
 
 def transfer(args: argparse.Namespace) -> None:
@@ -260,9 +293,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", default=[], choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe")
+    parser.add_argument("--images", type=int, help="train on the first N images only")
     parser.add_argument("--table", action="store_true", help="print what --out holds")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--step-cost", type=int, metavar="N", help="time N steps of each form")
+    parser.add_argument("--batch", type=int, default=128, help="images of a timed step")
     parser.add_argument("--transfer", type=Path, help="emoji64.npz")
     parser.add_argument("--weights", type=Path, help="squeezenet1_1's ImageNet weights")
     parser.add_argument("--k", type=int, default=4, help="terms a slot in the transfer run")
@@ -270,6 +306,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.list:
         print("\n".join(ROWS))
+    if args.step_cost:
+        step_cost(args)
     if args.transfer:
         transfer(args)
     if args.rows:

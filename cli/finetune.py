@@ -13,6 +13,7 @@ import click
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.utils import reparameterize_model
 
 import legocompress as lego
 from legocompress.checkpoint import CONFIG
@@ -20,6 +21,7 @@ from legocompress.distributed import Processes, from_environment, joined, restar
 from legocompress.errors import UsageError
 from legocompress.finetune import Epoch, finetune_, noted_original
 from legocompress.head import reset_classifier_
+from legocompress.models import source_of
 from legocompress.recipe import Recipe, load_recipe, shipped_recipes
 from legocompress.trainer import Progress as Step
 from legocompress.training_data import open_training
@@ -86,6 +88,8 @@ def finetune(
     if recipe.distill is not None:
         named = original_of(network, original, original_weights)
         teacher = (noted_original(network) if named is None else named).to(place)
+        if source_of(network).reparameterized:
+            teacher = reparameterize_model(teacher)
     if num_classes is not None:
         reset_classifier_(network, num_classes, recipe.seed)
     train, validation = open_training(network, recipe, data_dir)
