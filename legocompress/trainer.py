@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from legocompress.convert import round_
 from legocompress.data import Images
 from legocompress.distill import Criterion, check_labels
 from legocompress.distributed import Processes
-from legocompress.errors import TrainingError, UsageError
+from legocompress.errors import UsageError
+from legocompress.failures import check_finite, diverged, explained
 from legocompress.optimize import (
     add_balance_,
     clipped_parameters,
@@ -161,7 +163,7 @@ class Trainer:
         every, first, started = self.recipe.save_every, self.update, time.perf_counter()
         with contextlib.closing(self.loader.parts(self.epoch, self.update)) as parts:
             while self.update < self.loader.updates:
-                with _explained(self.recipe, self.epoch):
+                with explained(self.recipe, self.epoch):
                     self._update(parts)
                 self.update += 1
                 last = self.update == self.loader.updates
@@ -245,13 +247,8 @@ class Trainer:
 
     def _progress(self, updates_per_second: float) -> Progress:
         loss, right, images = self.processes.sum(*self.sums.tolist())
-        if not loss - loss == 0:  # NaN or infinity
-            raise TrainingError(
-                f"the loss is {loss / images} in epoch {self.epoch + 1} before update "
-                f"{self.update + 1}; what was saved before is still good. Lower the rate (--set "
-                f"optimizer.lr={self.recipe.optimizer.lr / 3:.2g}), warm up longer (--set "
-                "schedule.warmup_epochs=1) or clip gradients (--set clip.value=1)"
-            )
+        if not math.isfinite(loss):
+            raise diverged(f"the loss is {loss / images}", self.recipe, self.epoch)
         return Progress(
             epoch=self.epoch + 1,
             epochs=self.recipe.epochs,
@@ -287,17 +284,16 @@ class Trainer:
         """
         model: nn.Module = copy.deepcopy(self.model if self.ema is None else self.ema.module)
         round_(freeze_indices_(model))
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise TrainingError(
-                    f"{name} holds NaN or infinity after epoch {self.epoch + 1}; what was saved "
-                    f"before is still good. Lower the rate: --set "
-                    f"optimizer.lr={self.recipe.optimizer.lr / 3:.2g}"
-                )
+        check_finite(model, self.recipe, self.epoch)
         return freeze_(model.eval())
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on, as plain tensors and values."""
+        """Everything that the rest of the run depends on, as plain tensors and values.
+
+        Raises:
+            TrainingError: a weight is no finite number.
+        """
+        check_finite(self.model, self.recipe, self.epoch)
         for _, module in lego_modules(self.model):
             module.settle()
         return {
@@ -345,36 +341,3 @@ def _synchronised(
 
 def _unsynchronised(runs: Any) -> contextlib.AbstractContextManager[None]:
     return runs.no_sync()  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _explained(recipe: Recipe, epoch: int) -> Iterator[None]:
-    """Tell what to change where memory is out or a reader has died."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        out = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if out or "can't allocate memory" in text or "not enough memory" in text:
-            more = 2 * recipe.accumulate
-            fits = recipe.batch_size % more == 0
-            smaller = f"accumulate={more}" if fits else f"batch_size={recipe.batch_size // 2 or 1}"
-            frozen = recipe.stage_of(epoch).indices == "frozen"
-            tips = [f"--set {smaller} computes fewer images at once"]
-            tips += [] if recipe.amp != "off" else ["--set amp=bf16 takes half the memory for maps"]
-            tips += [] if frozen else ["'indices: frozen' needs no N (`inspect` tells its size)"]
-            raise TrainingError(
-                f"out of memory in epoch {epoch + 1}; what was saved before is still good. "
-                + "; ".join(tips)
-            ) from error
-        if "dataloader worker" in text:
-            raise TrainingError(
-                f"a process that reads images has died ({str(error).splitlines()[0]}); take fewer "
-                "with --workers, or none with --workers 0"
-            ) from error
-        if type(error).__name__ == "DistBackendError" or "gloo" in text or "nccl" in text:
-            raise TrainingError(
-                f"another process has gone in epoch {epoch + 1}; what was saved before is still "
-                "good, and --resume goes on from it"
-            ) from error
-        raise

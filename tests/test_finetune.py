@@ -265,6 +265,23 @@ def test_the_last_good_checkpoint_stays(images: Path, tmp_path: Path) -> None:
     assert torch.equal(outputs(resumed), outputs(whole))
 
 
+def test_weights_that_are_no_numbers_are_not_saved(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    model, found = compressed(), recipe(save_every=2)
+    data = lego.open_training(model, found, str(images))
+    states: list[bytes] = []
+
+    def spoil(step: Progress) -> None:
+        if step.update == 4:
+            states.append((out / "state.pt").read_bytes())
+            with torch.no_grad():
+                model.conv1.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
+
+    with pytest.raises(TrainingError, match=r"conv1\.weight holds NaN"):
+        finetune_(model, found, *data, out=out, on_step=spoil)
+    assert (out / "state.pt").read_bytes() == states[0]
+
+
 @contextmanager
 def full_disk(limit: int) -> Iterator[None]:
     """Files of more than `limit` bytes cannot be written."""

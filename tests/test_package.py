@@ -54,6 +54,7 @@ LAYERS = [
     "distributed",
     "distill",
     "optimize",
+    "failures",
     "trainer",
     "run_folder",
     "finetune",

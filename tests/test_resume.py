@@ -59,7 +59,7 @@ else:
 print("killed", kills, "times")
 """
 FULL = {
-    "stages": [{"epochs": 2, "rates": {"proxies": 300.0}}, {"epochs": 1, "indices": "frozen"}],
+    "stages": [{"epochs": 1, "rates": {"proxies": 300.0}}, {"epochs": 1, "indices": "frozen"}],
     "ema": {"decay": 0.9},
     "mixup": {"mixup": 0.2, "cutmix": 1.0},
     "distill": {"features": 0.1},
