@@ -18,11 +18,11 @@ def seed_of(*place: int | str) -> int:
 
 
 def seed_all(*place: int | str) -> None:
-    """Seed every generator that augmentation, mixing and layers draw from."""
+    """Seed the generators of Python, NumPy and PyTorch that draw on the CPU."""
     seed = seed_of(*place)
     random.seed(seed)
     np.random.seed(seed)
-    torch.random.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for GPUs every time
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from legocompress.optimize import (
 )
 from legocompress.probe import evaluating
 from legocompress.recipe import Recipe
-from legocompress.seeding import seed_all
+from legocompress.seeding import seed_all, seed_of
 from legocompress.training_data import TrainingLoader
 
 CHECK_EVERY = 10  # updates between looks at the loss, which make a GPU wait
@@ -191,7 +191,10 @@ class Trainer:
         self.schedule.step_update(done)
         for number in range(self.recipe.accumulate):
             images, labels = next(parts)
-            seed_all(self.recipe.seed, "update", done, number, self.processes.rank)
+            place = (self.recipe.seed, "update", done, number, self.processes.rank)
+            seed_all(*place)
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(seed_of(*place))
             last = number + 1 == self.recipe.accumulate
             alone = last or self.runs is self.model
             with contextlib.nullcontext() if alone else _unsynchronised(self.runs):

@@ -183,7 +183,10 @@ def training_transform(model: nn.Module, augment: Augment) -> Callable[[Any], Te
 
 
 class _Seen(Dataset[tuple[Tensor, int]]):
-    """Images under a transform whose draws depend on seed, epoch and position alone."""
+    """Images under a transform whose draws depend on seed, epoch and position alone.
+
+    With a seed, reading an image leaves the generators of this process seeded for it.
+    """
 
     def __init__(self, dataset: Any, transform: Callable[..., Tensor], seed: int | None):
         self.dataset, self.transform, self.seed = dataset, transform, seed
@@ -197,9 +200,8 @@ class _Seen(Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
         epoch, position = place
         image, label = self.dataset[position]
-        with randomness_kept():
-            seed_all(self.seed, "image", epoch, position)
-            return self.transform(image), label
+        seed_all(self.seed, "image", epoch, position)
+        return self.transform(image), label
 
 
 class _Stream(IterableDataset[tuple[Tensor, int]]):
@@ -212,7 +214,7 @@ class _Stream(IterableDataset[tuple[Tensor, int]]):
         worker = get_worker_info()
         number = 0 if worker is None else worker.id
         for count, (image, label) in enumerate(self.dataset):
-            with randomness_kept():
+            with randomness_kept():  # the stream itself draws, too
                 seed_all("image", *self.place, number, count)
                 seen = self.transform(image)
             yield seen, label
