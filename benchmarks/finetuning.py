@@ -29,6 +29,7 @@ import legocompress as lego
 from legocompress.convert import Record
 from legocompress.finetune import Epoch, finetune_
 from legocompress.measure import measure
+from legocompress.optimize import add_anchor_
 from legocompress.probe import probe
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"
@@ -56,6 +57,8 @@ for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
         f"{size}": Row("calibrated", unit),
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
         f"{size} frozen": Row("calibrated", unit, (FROZEN,)),
+        f"{size} no anchor": Row("calibrated", unit, ("anchor=0",)),
+        f"{size} fast N": Row("calibrated", unit, ("stages.0.rates.proxies=30", "anchor=0.01")),
         f"{size} labels only": Row("calibrated", unit, ("distill=null",)),
         f"{size} clustered": Row("clustered", unit),
         f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
@@ -245,6 +248,8 @@ def step_cost(args: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 optimizers[form].zero_grad()
                 torch.autograd.backward(network(x).square().mean())
+                if form == "trained":
+                    add_anchor_(network, 0.1)
                 optimizers[form].step()
                 times[form].append(time.perf_counter() - started)
         told = " ".join(f"{key}={value}" for key, value in unit.items())
@@ -253,6 +258,43 @@ def step_cost(args: argparse.Namespace) -> None:
             low, middle, high = statistics.quantiles([ours / its for ours, its in pairs], n=4)
             print(f"| {told} | {form} | {middle:.2f} | {low:.2f} to {high:.2f} |", flush=True)
     print(f"\n{args.step_cost} steps of {args.batch} images, {args.threads} thread(s), fp32, CPU")
+
+
+def least_squares() -> None:
+    """A trained layer's filters as target: what learning the index adds, and an anchor."""
+    weight = dense().get_submodule("layer3.0.conv2").weight
+    assert isinstance(weight, Tensor)
+    target = weight.detach()
+    print("| unit | wrong slots | frozen | N free | anchor 0.3 | anchor 1 | anchor 3 |")
+    print("|---|---|---|---|---|---|---|")
+    for unit in ({**FOUR, "k": 1}, {**SIXTEEN, "k": 4}):
+        for wrong in (0.0, 0.3):
+            cells = []
+            for anchor in (None, 0.0, 0.3, 1.0, 3.0):
+                torch.manual_seed(0)
+                conv = nn.Conv2d(64, 64, 3, bias=False)
+                conv.weight = nn.Parameter(target.clone())
+                spec = lego.LegoSpec(**unit, only=("",))
+                model = lego.convert_(conv, lego.plan(conv, spec))
+                (_, module), *_ = lego.lego_modules(model)
+                o, n, k = module.index.shape
+                drawn = torch.rand(o, n, module.lego_shape.n_lego).argsort(2)[:, :, :k]
+                chosen = torch.rand(o, n) < wrong
+                module.index[chosen] = drawn[chosen]
+                if anchor is not None:
+                    lego.train_indices_(model)
+                optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+                for step in range(200):
+                    optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+                    optimizer.zero_grad()
+                    torch.autograd.backward(0.5 * (module.weight - target).square().sum())
+                    add_anchor_(model, anchor or 0.0)
+                    optimizer.step()
+                lego.freeze_indices_(model)
+                error = (module.weight.detach() - target).norm() / target.norm()
+                cells.append(f"{error:.3f}")
+            told = " ".join(f"{key}={value}" for key, value in unit.items())
+            print(f"| {told} | {wrong:.0%} | {' | '.join(cells)} |", flush=True)
 
 
 def transfer(args: argparse.Namespace) -> None:
@@ -298,6 +340,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--step-cost", type=int, metavar="N", help="time N steps of each form")
+    parser.add_argument("--least-squares", action="store_true", help="fit one layer's filters")
     parser.add_argument("--batch", type=int, default=128, help="images of a timed step")
     parser.add_argument("--transfer", type=Path, help="emoji64.npz")
     parser.add_argument("--weights", type=Path, help="squeezenet1_1's ImageNet weights")
@@ -306,6 +349,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.list:
         print("\n".join(ROWS))
+    if args.least_squares:
+        least_squares()
     if args.step_cost:
         step_cost(args)
     if args.transfer:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from legocompress.conv import lego_modules
 from legocompress.errors import UsageError
-from legocompress.proxy import balance_gradient
+from legocompress.proxy import balance_gradient, start_proxy
 from legocompress.recipe import Optimizer, Rates, Recipe
 
 Kind = Literal["filters", "proxies", "coefficients", "norms", "rest"]
@@ -130,6 +130,20 @@ def add_balance_(model: nn.Module, weight: float) -> None:
             module.proxy.grad += weight * balance_gradient(module.lego_shape, module.index).to(
                 module.proxy.grad
             )
+
+
+@torch.no_grad()
+def add_anchor_(model: nn.Module, weight: float) -> None:
+    """Draw the proxies to where they would start from the filters, indices and coefficients of now.
+
+    The gradient of weight / 2 * |N - start|^2. What keeps the loss from its minimum is in dN at
+    every step; without an anchor N adds it up for ever, until filters enter that serve worse.
+    """
+    for _, module in lego_modules(model):
+        if module.proxy is not None and module.proxy.grad is not None:
+            unit = (module.lego_filters, module.index, module.coefficients)
+            start = start_proxy(module.lego_shape, *unit)
+            module.proxy.grad += weight * (module.proxy - start)
 
 
 def clipped_parameters(model: nn.Module) -> list[Tensor]:

@@ -153,9 +153,10 @@ class Recipe(_Block):
 
     `batch_size` counts the images of one update, over all processes and `accumulate` parts.
     `norm_stats`: BatchNorm uses each part's statistics, those of all processes (`sync`, GPUs only),
-    or its running ones, which then stay. `balance` weighs the term of the authors' released code
-    that evens out how often each Lego filter is used. `save_every` counts updates between saved
-    states; 0 saves at the end of epochs only.
+    or its running ones, which then stay. `anchor` is how strongly N is drawn to where it would
+    start from now; without it N piles up what the gradient says at every step. `balance` weighs the
+    term of the authors' released code that evens out how often each Lego filter is used.
+    `save_every` counts updates between saved states; 0 saves at the end of epochs only.
     """
 
     description: str = ""
@@ -172,6 +173,7 @@ class Recipe(_Block):
     distill: Distill | None = None
     ema: Ema | None = None
     clip: Clip | None = None
+    anchor: float = Field(default=0.0, ge=0)
     balance: float = Field(default=0.0, ge=0)
     norm_stats: Literal["batch", "sync", "frozen"] = "batch"
     amp: Literal["off", "bf16", "fp16"] = "off"

@@ -26,6 +26,7 @@ from legocompress.distributed import Processes
 from legocompress.errors import UsageError
 from legocompress.failures import check_finite, diverged, explained
 from legocompress.optimize import (
+    add_anchor_,
     add_balance_,
     clipped_parameters,
     forget_proxies_,
@@ -199,8 +200,10 @@ class Trainer:
             alone = last or self.runs is self.model
             with contextlib.nullcontext() if alone else _unsynchronised(self.runs):
                 self._backward(images, labels)
-        if self.recipe.balance or self.recipe.clip:
+        if self.recipe.anchor or self.recipe.balance or self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
+        if self.recipe.anchor:
+            add_anchor_(self.model, self.recipe.anchor)
         if self.recipe.balance:
             add_balance_(self.model, self.recipe.balance)
         if self.recipe.clip is not None:

@@ -121,6 +121,7 @@ def test_nothing_that_trains_is_refused(images: Path) -> None:
         {"clip": {"value": 0.1}},
         {"clip": {"value": 0.1, "mode": "agc"}},
         {"balance": 0.1},
+        {"anchor": 0.1},
         {"norm_stats": "frozen"},
         {"channels_last": True},
         {"optimizer": {"name": "adamw", "lr": 0.001, "options": {"betas": [0.9, 0.95]}}},

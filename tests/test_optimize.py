@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import legocompress as lego
 from legocompress.errors import UsageError
 from legocompress.optimize import (
     KINDS,
+    add_anchor_,
     add_balance_,
     clipped_parameters,
     forget_proxies_,
@@ -119,6 +121,54 @@ def test_balance_is_added_to_the_proxies_gradient() -> None:
     add_balance_(model, 0.5)
     expected = before + 0.5 * balance_gradient(module.lego_shape, module.index)
     torch.testing.assert_close(module.proxy.grad, expected)
+
+
+def test_an_anchor_draws_n_to_its_start() -> None:
+    model = network()
+    model(torch.randn(2, 1, 16, 16)).square().mean().backward()
+    (_, module), *_ = lego.lego_modules(model)
+    assert module.proxy is not None
+    assert module.proxy.grad is not None
+    before = module.proxy.grad.clone()
+    add_anchor_(model, 0.5)
+    torch.testing.assert_close(module.proxy.grad, before)  # it is there
+    with torch.no_grad():
+        module.proxy += 1
+    add_anchor_(model, 0.5)
+    torch.testing.assert_close(module.proxy.grad, before + 0.5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_anchored_index_serves_better_and_a_free_one_drifts(k: int) -> None:
+    """A layer's filters as target, from an index of which a third is wrong."""
+    torch.manual_seed(0)
+    target = 0.1 * torch.randn(32, 16, 3, 3)
+    start = nn.Conv2d(16, 32, 3, bias=False)
+    with torch.no_grad():
+        start.weight.copy_(target)
+    lego.convert_(start, lego.plan(start, lego.LegoSpec(m=0.5, o=2, k=k, only=("",))))
+    (_, clustered), *_ = lego.lego_modules(start)
+    at_best = float((clustered.weight - target).detach().square().sum())
+    wrong = torch.rand(2, 32) < 0.3
+    with torch.no_grad():
+        clustered.index[wrong] = torch.rand(2, 32, 16).argsort(2)[:, :, :k][wrong]
+    error = {}
+    for form, anchor in (("frozen", 0.0), ("free", 0.0), ("anchored", 1.0)):
+        model = copy.deepcopy(start)
+        (_, module), *_ = lego.lego_modules(model)
+        if form != "frozen":
+            lego.train_indices_(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        for step in range(150):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 150)
+            optimizer.zero_grad()
+            (0.5 * (module.weight - target).square().sum()).backward()
+            add_anchor_(model, anchor)
+            optimizer.step()
+        error[form] = float((module.weight - target).detach().square().sum())
+    assert error["anchored"] < 0.97 * error["frozen"]
+    assert error["anchored"] < error["free"]
+    assert error["anchored"] < 1.1 * at_best
 
 
 def test_proxies_are_not_clipped() -> None:
