@@ -81,7 +81,7 @@ def calibrate(
     network = lego.load(checkpoint).to(place)
     teacher = original_of(network, original, original_weights)
     if teacher is None:
-        teacher = _library_weights(network)
+        teacher = _named_original(network)
     if source_of(network).reparameterized:
         teacher = reparameterize_model(teacher)
     request = Request(data, seed=seed, **read_calibration(values))
@@ -102,12 +102,15 @@ def read_calibration(values: dict[str, Any]) -> dict[str, Any]:
     return {name: values.pop(name) for name in names}
 
 
-def _library_weights(network: nn.Module) -> nn.Module:
+def _named_original(network: nn.Module) -> nn.Module:
+    """The original by the name that it was converted from."""
     source = source_of(network)
-    if source.library is None:
-        raise UsageError("the original cannot be rebuilt by name; give it with --original")
-    named = f"{source.library}/{source.architecture}"
-    return lego.create(named, model_args=source.model_args)
+    if source.library is None or source.weights.partition(" ")[0] in ("file", "random,", "unknown"):
+        raise UsageError(
+            f"the original's weights are of {source.weights!r}, which is no name to load it by; "
+            "give it with --original or --original-weights"
+        )
+    return lego.create(source.weights, model_args=source.model_args)
 
 
 def run(

@@ -32,7 +32,7 @@ def place(tmp_path: Path) -> Path:
     """A user's folder: photos, a weights file, and a hub cache as a download leaves it."""
     generator = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
-    for number in range(3):
+    for number in range(12):
         pixels = generator.integers(0, 256, (80, 100, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
     squeezenet = torchvision.models.squeezenet1_1(num_classes=10)

@@ -62,7 +62,8 @@ LAYERS = [
 ]
 # Files that need no other.
 GROUND = ["errors", "seeding", "spec", "cluster.state", "probe", "calibrate.record",
-          "calibrate.stream", "calibrate.front", "calibrate.moments"]  # fmt: skip
+          "calibrate.stream", "calibrate.front", "calibrate.moments",
+          "calibrate.joint"]  # fmt: skip
 PACKAGE = ROOT / "legocompress"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted((ROOT / "cli").glob("*.py"))

@@ -128,7 +128,7 @@ def calibrate_(
         norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, used))
 
         def tune() -> None:
-            tune_(model, original, used, front.passed, epochs, seed, on_batch)
+            tune_(model, original, used, lego_values(model), front.passed, epochs, seed, on_batch)
             for _, layer in lego_modules(model):
                 write_(layer, unit_of(layer))  # as the storage types hold the values
 
@@ -149,6 +149,12 @@ def calibrate_(
     noted: Any = model
     noted.lego_calibration = record
     return record
+
+
+def lego_values(model: nn.Module) -> list[nn.Parameter]:
+    """Lego filters and coefficients of all layers."""
+    pairs = [(layer.lego_filters, layer.coefficients) for _, layer in lego_modules(model)]
+    return [value for pair in pairs for value in pair if value is not None]
 
 
 def _keep_if_better(

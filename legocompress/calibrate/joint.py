@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from legocompress.conv import lego_modules
-
 RATE = 4e-3
 WARM_UP = 0.1
 
@@ -66,28 +64,28 @@ def tune_(
     model: nn.Module,
     original: nn.Module,
     batches: Sequence[Tensor],
+    values: Sequence[nn.Parameter],
     points: Sequence[str],
     epochs: int,
     seed: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Tune Lego filters and coefficients of all layers together, towards the original's maps.
+    """Tune values of all layers together, towards the original's maps.
 
     Minimises the squared error of what the modules `points` and the network put out, each divided
     by its variance, by Adam with a one-cycle rate; the images are mirrored at random, since the
-    original tells what it does on any image. Nothing but filters and coefficients changes.
+    original tells what it does on any image. Nothing but `values` changes.
 
     Args:
         model: in eval mode; changed in place.
         original: in eval mode.
         batches: images (N, c, H, W).
+        values: of the model, to be changed.
         points: names of modules that return one tensor.
         epochs: passes over the images.
         seed: of the order of the batches.
         on_batch: called with batches done and in all.
     """
-    pairs = [(m.lego_filters, m.coefficients) for _, m in lego_modules(model)]
-    values = [value for pair in pairs for value in pair if value is not None]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     n_steps = epochs * len(batches)
     optimiser = torch.optim.Adam(values, RATE)

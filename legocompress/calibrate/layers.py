@@ -118,6 +118,7 @@ def _padded(layer: LegoModule, weight: Tensor) -> Tensor:
 
 
 def unit_of(layer: LegoModule) -> Unit:
+    """The unit that a layer holds, in float32."""
     shape = layer.lego_shape
     gains = None if layer.coefficients is None else layer.coefficients.detach().float()
     bank = layer.lego_filters.detach().float().reshape(shape.n_lego, -1)
