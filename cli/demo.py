@@ -21,6 +21,7 @@ import legocompress as lego
 from . import render
 from .options import progress
 
+EPOCHS = 4
 SETTINGS = [lego.LegoSpec(m=0.5, o=2, k=1), lego.LegoSpec(m=0.25, o=4, k=4)]
 
 
@@ -78,7 +79,7 @@ def run(shipped: Path, place: Path) -> None:
             layers = bar.add_task(_folder(spec), total=sum(1 for _ in lego.lego_modules(model)))
             photos = lego.gather(unlabelled.batches(64), unlabelled.size)
             on_layer = partial(_advance, bar, layers)
-            lego.calibrate_(model, dense, photos, on_layer=on_layer)
+            lego.calibrate_(model, dense, photos, epochs=EPOCHS, on_layer=on_layer)
         folder = lego.save(model, place / _folder(spec), force=True)
         outcome = Outcome(
             _folder(spec),

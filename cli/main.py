@@ -16,6 +16,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .finetune import finetune, recipes
+from .push import push
 from .report import report
 
 
@@ -29,7 +30,18 @@ def cli(debug: bool) -> None:
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-for command in (convert, inspect, calibrate, report, evaluate, finetune, recipes, export, demo):
+for command in (
+    convert,
+    inspect,
+    calibrate,
+    report,
+    evaluate,
+    finetune,
+    recipes,
+    export,
+    push,
+    demo,
+):
     cli.add_command(command)
 
 

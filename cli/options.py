@@ -127,10 +127,10 @@ spec_options: Callable[[CommandT], CommandT] = _stack(
         ),
         click.option(
             "--dtype",
-            type=click.Choice(["fp32", "fp16", "bf16"]),
+            type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
             default="fp32",
             show_default=True,
-            help="What the Lego filters are stored as.",
+            help="What the Lego filters are stored as; int8 has a scale for each filter.",
         ),
         click.option(
             "--rule",

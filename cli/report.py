@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import legocompress as lego
+from legocompress.hub import local_folder
 
 from . import render
 from .options import device_option, json_option, read_device
@@ -24,6 +25,7 @@ from .options import device_option, json_option, read_device
 @json_option
 def report(checkpoint: Path, repeats: int, device: str, as_json: bool) -> None:
     """Report on a compressed folder: params, bits, bytes and MACs per layer, and the checks."""
+    checkpoint = local_folder(checkpoint)
     model = lego.load(checkpoint).to(read_device(device))
     baseline = lego.to_dense(model) if repeats else None
     found = lego.measure(model, baseline, path=checkpoint, repeats=repeats)

@@ -16,12 +16,15 @@ from legocompress.convert import convert_
 from legocompress.data import open_images
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
-from legocompress.export import export_dense, to_dense
+from legocompress.export import export_dense, export_timm, to_dense
 from legocompress.finetune import finetune_
 from legocompress.head import reset_classifier_
 from legocompress.measure import Report, measure
 from legocompress.models import Source, create
+from legocompress.onnx_file import export_onnx
 from legocompress.plan import Plan, plan
+from legocompress.program import Exported, export_program
+from legocompress.push import push
 from legocompress.recipe import Recipe, load_recipe
 from legocompress.spec import LegoSpec, Rule
 from legocompress.training_data import open_training
@@ -31,6 +34,7 @@ __version__ = version("legocompress")
 __all__ = [
     "Calibration",
     "Evaluation",
+    "Exported",
     "LegoError",
     "LegoModule",
     "LegoSpec",
@@ -44,6 +48,9 @@ __all__ = [
     "create",
     "evaluate",
     "export_dense",
+    "export_onnx",
+    "export_program",
+    "export_timm",
     "finetune_",
     "freeze_",
     "freeze_indices_",
@@ -56,6 +63,7 @@ __all__ = [
     "open_model",
     "open_training",
     "plan",
+    "push",
     "reset_classifier_",
     "save",
     "synthesise",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,15 +16,17 @@ from timm.models._hub import filter_pretrained_cfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
+from legocompress.bounds import building_at_most, check_arguments, check_input_size
 from legocompress.calibrate.record import Calibration
-from legocompress.codec import encode, own_tensors, packed_bytes, unpack_index
+from legocompress.codec import encode, own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
-from legocompress.convert import TORCH_DTYPES, Record
+from legocompress.convert import TORCH_DTYPES, Record, dequantized
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, SpecError, UsageError
 from legocompress.files import check_free, write_tensors, writing
+from legocompress.hub import is_hub_name, local_folder
 from legocompress.models import Source, build, create, source_of
 from legocompress.probe import model_cfg
-from legocompress.spec import LegoSpec, StorageDtype, UnitShape
+from legocompress.spec import FilterDtype, LegoSpec, StorageDtype, UnitShape
 
 FORMAT_VERSION = 1
 VERSION = version("legocompress")
@@ -46,7 +47,7 @@ class LayerConfig(_Strict):
     n_lego: int = Field(ge=1, le=2**31)
     n_split: int = Field(ge=1, le=2**31)
     n_terms: int = Field(ge=1, le=2**31)
-    dtype: StorageDtype
+    dtype: FilterDtype
     coefficients_dtype: StorageDtype | None
     memory_dtype: Literal["float32", "float16", "bfloat16", "float64"]
     weight_error: float | None = None
@@ -103,7 +104,20 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         layers=layers,
         calibration=getattr(model, "lego_calibration", None),
     )
-    config = {
+    config = timm_config(model, source)
+    config["compression_config"] = block.model_dump(mode="json")
+    text = config_text(config)
+    target = Path(path)
+    check_target(target, force)
+    with writing(target, force, folder=True) as folder:
+        write_tensors(encode(model), folder / TENSORS)
+        (folder / CONFIG).write_text(text)
+    return target
+
+
+def timm_config(model: nn.Module, source: Source) -> dict[str, Any]:
+    """What timm's hub folders say about a network in their config.json."""
+    return {
         "architecture": source.architecture,
         "num_classes": getattr(model, "num_classes", None),
         "num_features": getattr(model, "num_features", None),
@@ -111,18 +125,15 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
             filter_pretrained_cfg(model_cfg(model), remove_source=True, remove_null=True)
         ),
         "model_args": source.model_args,
-        "compression_config": block.model_dump(mode="json"),
     }
+
+
+def config_text(config: dict[str, Any]) -> str:
+    """A configuration as the text of a config.json; CheckpointError if it is not plain JSON."""
     try:
-        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        return json.dumps(config, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the model's configuration is not plain JSON: {error}") from error
-    target = Path(path)
-    check_target(target, force)
-    with writing(target, force, folder=True) as folder:
-        write_tensors(encode(model), folder / TENSORS)
-        (folder / CONFIG).write_text(text)
-    return target
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -211,14 +222,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Rebuild a compressed network from its folder; the original is not needed.
 
     Args:
-        path: the folder.
+        path: the folder, or `hf-hub:USER/REPO` (`@REVISION` may follow) for one on the hub.
         model: for a network of your own that no library builds: a fresh dense instance, which
             becomes the compressed one in place.
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer format, or not true to itself.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     config, block = read_config(folder)
     source = Source(
         block.library,
@@ -269,6 +280,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
         raise CheckpointError(f"{str(path)!r} has no compression_config: not a compressed network")
     if not isinstance(config.get("pretrained_cfg", {}), (dict, type(None))):
         raise CheckpointError(f"{str(path)!r}: pretrained_cfg is no mapping")
+    check_input_size(config.get("pretrained_cfg") or {})
     written = config["compression_config"].get("format_version")
     if written != FORMAT_VERSION:
         raise CheckpointError(
@@ -306,16 +318,19 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
         )
     if not isinstance(source.model_args, dict):
         raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is no mapping")
+    check_arguments(source.model_args)
+    # A training form has several times the parts and numbers of the deployed one that is stored.
+    parts = 1000 + 100 * len(file.keys())
+    numbers = max(2**26, 1000 * (folder / TENSORS).stat().st_size)
     try:
-        skeleton = skeleton_of(source)
+        with building_at_most(parts, numbers):
+            skeleton = skeleton_of(source)
         for name in block.layers:
             _find(skeleton, name)
         for name, tensor in own_tensors(skeleton).items():
             owner, _, leaf = name.rpartition(".")
             if leaf != "weight" or owner not in block.layers:
                 _check_shape(file, name, tuple(tensor.shape))
-            if not tensor.numel() < 2**40:
-                raise CheckpointError(f"{source.architecture} would need {tensor.numel()} numbers")
         return _fresh(source)
     except CheckpointError:
         raise
@@ -326,9 +341,14 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
 def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
     """Give the dense model the config's Lego modules and the file's tensors, all checked."""
     for name, layer in block.layers.items():
-        _become_layer_(model, name, layer)
+        _become_layer_(model, name, layer, file)
     own = own_tensors(model)
-    stored = set(file.keys())
+    scales = {
+        scales_name(_within(name, "lego_filters"))
+        for name, layer in block.layers.items()
+        if layer.dtype == "int8"
+    }
+    stored = set(file.keys()) - scales
     if stored != own.keys():
         odd = sorted(stored ^ own.keys())[0]
         state = "unknown" if odd in stored else "missing"
@@ -346,7 +366,13 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
             if stored_as.dtype != TORCH_DTYPES[expected]:
                 raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, config: {expected}")
             memory = MEMORY_DTYPES[block.layers[owner].memory_dtype]
-            tensor.data = stored_as.to(memory)
+            if stored_as.dtype == torch.int8:
+                if bool((stored_as == -128).any()):
+                    raise CheckpointError(f"tensor {name!r} holds -128, outside -127 to 127")
+                unit_scales = _read_scales(file, scales_name(name), module.lego_shape)
+                tensor.data = dequantized(stored_as, unit_scales, memory)
+            else:
+                tensor.data = stored_as.to(memory)
         elif stored_as.dtype != tensor.dtype and not (
             tensor.is_floating_point() and stored_as.dtype in MEMORY_DTYPES.values()
         ):
@@ -356,16 +382,20 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
 
 
 def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = nn.Identity()
+    # Step by step, since get_submodule reads attributes, and so assembles weights.
+    module: nn.Module | None = model
+    for part in name.split(".") if name else []:
+        module = None if module is None else module._modules.get(part)
     if not isinstance(module, (nn.Conv2d, nn.Linear)) or isinstance(module, LegoModule):
         raise CheckpointError(f"the architecture has no conv or Linear called {name!r}")
     return module
 
 
-def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
+def _within(owner: str, leaf: str) -> str:
+    return f"{owner}.{leaf}" if owner else leaf
+
+
+def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -> None:
     module = _find(model, name)
     n_out, channels, *kernel = module.weight.shape
     kh, kw = kernel or (1, 1)
@@ -379,13 +409,15 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig) -> None:
         raise CheckpointError(f"layer {name!r}: n_terms={layer.n_terms} exceeds the Lego filters")
     shape = UnitShape(n_out, channels, (kh, kw), groups, layer.n_lego, layer.n_split, layer.n_terms)
     slots = (shape.n_split, n_out, shape.n_terms)
-    if math.prod(slots) > 2**31:
-        raise CheckpointError(f"layer {name!r}: {math.prod(slots):,} slots are too many")
+    # Before memory is taken for them.
+    bank = (shape.n_lego, shape.width, kh, kw)
+    _check_shape(file, _within(name, "lego_filters"), bank)
+    _check_shape(file, _within(name, "index"), (packed_bytes(shape),))
     empty: Callable[..., Tensor] = torch.empty
     become_lego_(
         module,
         shape,
-        empty(shape.n_lego, shape.width, kh, kw),
+        empty(bank),
         torch.empty(slots, dtype=torch.int64),
         None if layer.coefficients_dtype is None else empty(slots),
         layer.dtype,
@@ -408,6 +440,13 @@ def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     return tensor.clone()
 
 
+def _read_scales(file: Any, name: str, shape: UnitShape) -> Tensor:
+    scales = _read(file, name, (shape.n_lego,))
+    if scales.dtype != torch.bfloat16 or not bool((scales.isfinite() & (scales > 0)).all()):
+        raise CheckpointError(f"tensor {name!r} does not hold positive finite scales in bf16")
+    return scales
+
+
 def _read_index(file: Any, name: str, shape: UnitShape) -> Tensor:
     packed = _read(file, name, (packed_bytes(shape),))
     if packed.dtype != torch.uint8:
@@ -424,13 +463,16 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
     """Open a model by name: a compressed folder, a hub folder of timm's, or what `create` takes.
 
     Args:
-        name: a folder's path or a model name.
+        name: a folder's path, a hub name of such a folder, or a model name.
         create_args: passed on to `create`; a compressed folder takes none of them.
 
     Raises:
         LegoError: as `load` and `create` raise.
     """
-    folder = Path(name)
+    try:
+        folder = local_folder(name, (CONFIG,))
+    except CheckpointError:  # as `create` explains
+        return create(name, **create_args)
     if not (folder / CONFIG).is_file():
         return create(name, **create_args)
     given = [
@@ -439,10 +481,10 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
     if (folder / CONFIG).stat().st_size <= MAX_CONFIG_BYTES and "compression_config" not in (
         folder / CONFIG
     ).read_text(encoding="utf-8", errors="replace"):
-        return create(f"local-dir:{name}", **create_args)
+        return create(name if is_hub_name(name) else f"local-dir:{name}", **create_args)
     if given:
         raise UsageError(
             f"{name!r} is a compressed folder, which takes no {', '.join(given)}: it says itself "
             "what network it holds"
         )
-    return load(folder)
+    return load(name)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from legocompress.conv import lego_modules
-from legocompress.convert import TORCH_DTYPES, rounded
+from legocompress.convert import TORCH_DTYPES, quantized, rounded
 from legocompress.errors import CheckpointError
-from legocompress.spec import UnitShape
+from legocompress.spec import FilterDtype, UnitShape
 
 
 def pack_index(index: Tensor, bits: int) -> Tensor:
@@ -54,13 +54,29 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
             stored[name] = tensor.detach()
         elif leaf == "index":
             stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
-        elif leaf in ("lego_filters", "coefficients"):
-            dtype = module.storage_dtype if leaf == "lego_filters" else module.coefficients_dtype
+        elif leaf == "lego_filters":
+            stored.update(stored_filters(name, tensor.detach(), module.storage_dtype))
+        elif leaf == "coefficients":
+            dtype = module.coefficients_dtype
             stored[name] = rounded(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
         else:
             stored[name] = tensor.detach()
     # Copies, since views of one tensor may not share memory in the file.
     return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
+
+
+def stored_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, Tensor]:
+    """A bank (m, q, kh, kw) as the tensors of a file; int8 has scales (m,) beside it."""
+    kept = rounded(filters, dtype)
+    if dtype != "int8":
+        return {name: kept.to(TORCH_DTYPES[dtype])}
+    values, scales = quantized(kept)
+    return {name: values, scales_name(name): scales}
+
+
+def scales_name(name: str) -> str:
+    """The scales' name beside the filters': NAME.lego_filters -> NAME.lego_scales."""
+    return f"{name.removesuffix('lego_filters')}lego_scales"
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.proxy import assemble_through, choose, start_proxy
-from legocompress.spec import StorageDtype, UnitShape
+from legocompress.spec import FilterDtype, StorageDtype, UnitShape
 from legocompress.unit import assemble, split_transform_merge
 
 Route = Literal["assemble", "reference"]
@@ -33,7 +33,7 @@ class LegoModule(nn.Module):
     coefficients: nn.Parameter | None
     proxy: nn.Parameter | None
     frozen_weight: Tensor | None
-    storage_dtype: StorageDtype
+    storage_dtype: FilterDtype
     coefficients_dtype: StorageDtype
     weight_error: float | None
     bias: nn.Parameter | None
@@ -215,7 +215,7 @@ def become_lego_(
     lego_filters: Tensor,
     index: Tensor,
     coefficients: Tensor | None,
-    storage_dtype: StorageDtype = "fp32",
+    storage_dtype: FilterDtype = "fp32",
     coefficients_dtype: StorageDtype = "fp16",
 ) -> LegoModule:
     """Turn a conv or Linear into a Lego module, in place.

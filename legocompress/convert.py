@@ -16,14 +16,15 @@ from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modu
 from legocompress.errors import ConversionError, PlanError
 from legocompress.models import source_of
 from legocompress.plan import LayerPlan, Plan, deployed_copy
-from legocompress.spec import LegoSpec, StorageDtype
+from legocompress.spec import FilterDtype, LegoSpec
 from legocompress.unit import assemble, fragments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-TORCH_DTYPES: dict[StorageDtype, torch.dtype] = {
+TORCH_DTYPES: dict[FilterDtype, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    "int8": torch.int8,
 }
 
 
@@ -142,8 +143,15 @@ def balanced(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
     return (filters.double() * scale).to(filters.dtype), (gains.double() / scale).to(gains.dtype)
 
 
-def rounded(values: Tensor, dtype: StorageDtype) -> Tensor:
-    """Round to what `dtype` can store, in the tensor's own dtype; finite values stay finite."""
+def rounded(values: Tensor, dtype: FilterDtype) -> Tensor:
+    """Round to what `dtype` can store, in the tensor's own dtype; finite values stay finite.
+
+    int8 has a scale for each entry of the first axis: a Lego filter.
+    """
+    if dtype == "int8":
+        # Where memory has few digits too, the second rounding is the one that changes no more.
+        once = dequantized(*quantized(values), values.dtype)
+        return dequantized(*quantized(once), values.dtype)
     storage = TORCH_DTYPES[dtype]
     limit = min(torch.finfo(storage).max, torch.finfo(values.dtype).max)
     return values.clamp(-limit, limit).to(storage).to(values.dtype)
@@ -157,6 +165,27 @@ def round_(model: ModelT) -> ModelT:
         if module.coefficients is not None:
             module.coefficients.copy_(rounded(module.coefficients, module.coefficients_dtype))
     return model
+
+
+def quantized(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters (m, ...) as int8 values in [-127, 127] and symmetric bf16 scales (m,).
+
+    The largest value of a filter is always 127 scales: bf16 rounds a scale by at most 2^-9. So
+    what was rounded once is rounded to itself.
+    """
+    exact = filters.detach().to(torch.float64)
+    limit = exact.abs().reshape(len(filters), -1).amax(1)
+    scales = (limit / 127).clamp(max=torch.finfo(torch.bfloat16).max).to(torch.bfloat16)
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    steps = exact / scales.double().reshape(-1, *[1] * (filters.dim() - 1))
+    return steps.round().clamp(-127, 127).to(torch.int8), scales
+
+
+def dequantized(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo `quantized`, in `dtype`; in float32 exactly, since 7 bits times 8 bits fit its 24."""
+    limit = torch.finfo(dtype).max
+    exact = values.double() * scales.double().reshape(-1, *[1] * (values.dim() - 1))
+    return exact.clamp(-limit, limit).to(dtype)
 
 
 def relative_error(exact: Tensor, approximate: Tensor) -> float:

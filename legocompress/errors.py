@@ -56,6 +56,10 @@ class CheckpointError(LegoError):
     """A compressed folder is missing, damaged, or says something that cannot be true."""
 
 
+class ExportError(LegoError):
+    """A network cannot be written in this form, or what was written is not equal to it."""
+
+
 class DataError(LegoError):
     """Images cannot be found or read."""
 

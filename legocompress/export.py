@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from legocompress.checkpoint import CONFIG, TENSORS, check_target, config_text, timm_config
 from legocompress.conv import to_dense_
+from legocompress.errors import ExportError, LegoError
 from legocompress.files import write_tensors, writing
+from legocompress.models import create, source_of
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -34,8 +39,71 @@ def export_dense(model: nn.Module, path: str | Path, force: bool = False) -> Pat
         OutputError: it cannot be written.
     """
     target = Path(path)
-    # Aliases of one tensor become copies: strict loading asks for every name.
-    state = {name: t.detach().cpu().clone().contiguous() for name, t in dense_state(model).items()}
     with writing(target, force) as temporary:
-        write_tensors(state, temporary)
+        write_tensors(_plain_state(model), temporary)
     return target
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    # Aliases of one tensor become copies: strict loading asks for every name.
+    return {name: t.detach().cpu().clone().contiguous() for name, t in dense_state(model).items()}
+
+
+def export_timm(model: nn.Module, path: str | Path, force: bool = False) -> Path:
+    """Write a dense network as a folder in timm's hub layout, with its preprocessing.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package (timm up
+    to 1.0.22 reads a local folder's safetensors as pickle, and fails). It is loaded once before it
+    takes its place.
+
+    Args:
+        model: the converted network, of one of timm's architectures.
+        path: the folder to write.
+        force: replace what stands there.
+
+    Raises:
+        ExportError: timm does not build the network in this form, or loads other values.
+        OutputExistsError: the folder exists and `force` is not given, or holds something else.
+        OutputError: it cannot be written.
+    """
+    source = source_of(model)
+    if source.library != "timm":
+        raise ExportError(
+            f"timm has no {source.architecture or type(model).__name__}: this folder is for timm's "
+            "own architectures. --to dense writes the weights of any network"
+        )
+    if source.reparameterized:
+        raise ExportError(
+            f"{source.architecture} was brought into its deployed form, and timm builds its "
+            "training form; load --to dense after timm.utils.reparameterize_model(model)"
+        )
+    config, state = timm_config(model, source), _plain_state(model)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    config["pretrained_cfg"].pop("custom_load", None)  # of files in other formats
+    if first is not None and first.in_channels != 3:
+        config["pretrained_cfg"]["first_conv"] = None  # else timm takes the file's for colour
+    target = Path(path)
+    check_target(target, force)
+    with writing(target, force, folder=True) as folder:
+        write_tensors(state, folder / TENSORS)
+        (folder / CONFIG).write_text(config_text(config))
+        _check_loads(folder, state, str(source.architecture))
+    return target
+
+
+def _check_loads(folder: Path, state: dict[str, Tensor], architecture: str) -> None:
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            loaded = create(f"local-dir:{folder}")
+    except LegoError as error:
+        raise ExportError(f"timm does not load {architecture} from a folder: {error}") from error
+    found = loaded.state_dict()
+    wrong = sorted(found.keys() ^ state.keys()) or [
+        name for name, t in state.items() if not torch.equal(found[name], t.to(found[name].dtype))
+    ]
+    if wrong:
+        raise ExportError(
+            f"timm loads other values of {architecture} from a folder, the first in {wrong[0]!r}; "
+            "use --to dense"
+        )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from legocompress.conv import LegoModule, Route, freeze_, lego_modules
 from legocompress.convert import Record
 from legocompress.probe import WEIGHT_LAYERS, default_input, evaluating, probe
-from legocompress.spec import STORAGE_BITS
+from legocompress.spec import SCALE_BITS, STORAGE_BITS
 from legocompress.unit import dense_params, lego_bits, lego_macs, lego_params, used_filters
 
 LAYERS: tuple[type[nn.Module], ...] = (LegoModule, *WEIGHT_LAYERS)
@@ -170,7 +170,8 @@ def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
     has_coefficients = layer.coefficients is not None
     memory_bits = 8 * layer.lego_filters.element_size()
     coefficient_bits = STORAGE_BITS[layer.coefficients_dtype] if has_coefficients else 0
-    bits = lego_bits(shape, STORAGE_BITS[layer.storage_dtype], coefficient_bits)
+    stored = layer.storage_dtype
+    bits = lego_bits(shape, STORAGE_BITS[stored], coefficient_bits, SCALE_BITS.get(stored, 0))
     dense = dense_params(shape)
     macs = used = None
     if pixels is not None:

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from legocompress.conv import LegoModule
 from legocompress.errors import PlanError, SpecError
 from legocompress.probe import WEIGHT_LAYERS, Calls, default_input, model_cfg, probe
-from legocompress.spec import STORAGE_BITS, LegoSpec, UnitShape, check_patterns, matches
+from legocompress.spec import SCALE_BITS, STORAGE_BITS, LegoSpec, UnitShape, check_patterns, matches
 from legocompress.unit import lego_bits, lego_macs, lego_params
 
 
@@ -111,7 +111,8 @@ class Plan:
 def unit_bits(shape: UnitShape, spec: LegoSpec) -> int:
     """Ideal bits of one Lego unit under the storage dtypes of `spec`."""
     coefficient_bits = STORAGE_BITS[spec.coefficients_dtype] if spec.coefficients else 0
-    return lego_bits(shape, STORAGE_BITS[spec.dtype], coefficient_bits)
+    scale_bits = SCALE_BITS.get(spec.dtype, 0)
+    return lego_bits(shape, STORAGE_BITS[spec.dtype], coefficient_bits, scale_bits)
 
 
 def plan(

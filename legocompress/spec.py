@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from legocompress.errors import PatternError, SpecError
 
 StorageDtype = Literal["fp32", "fp16", "bf16"]
-STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16}
+FilterDtype = Literal["fp32", "fp16", "bf16", "int8"]
+STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8}
+SCALE_BITS: dict[str, int] = {"int8": 16}  # of the scale that each int8 filter has
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Rule(_Value):
     o: int | None = Field(default=None, ge=1)
     k: int | None = Field(default=None, ge=1)
     coefficients: bool | None = None
-    dtype: StorageDtype | None = None
+    dtype: FilterDtype | None = None
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -130,7 +132,7 @@ class LegoSpec(_Value):
     o: int = Field(default=2, ge=1)
     k: int = Field(default=1, ge=1)
     coefficients: bool = True
-    dtype: StorageDtype = "fp32"
+    dtype: FilterDtype = "fp32"
     coefficients_dtype: StorageDtype = "fp16"
     rules: tuple[Rule, ...] = ()
     only: tuple[str, ...] = ()

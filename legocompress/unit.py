@@ -110,10 +110,12 @@ def split_transform_merge(
 
 def _rows(shape: UnitShape, index: Tensor) -> Tensor:
     """Channels (o, n, k) of the intermediate map (N, g*o*m, H', W') that the slots name."""
-    group = torch.arange(shape.n_out, device=index.device) // (shape.n_out // shape.groups)
+    group = torch.arange(shape.groups, device=index.device)
     split = torch.arange(shape.n_split, device=index.device)
     part = group[None, :] * shape.n_split + split[:, None]
-    return index + part[:, :, None] * shape.n_lego
+    # One offset a (split, group), since an exported graph stores them.
+    by_group = index.reshape(shape.n_split, shape.groups, -1)
+    return (by_group + part[:, :, None] * shape.n_lego).reshape(index.shape)
 
 
 def used_filters(shape: UnitShape, index: Tensor) -> int:
@@ -131,11 +133,15 @@ def lego_params(shape: UnitShape, coefficients: bool) -> int:
     return shape.n_filter_values + (shape.n_slots if coefficients else 0)
 
 
-def lego_bits(shape: UnitShape, filter_bits: int, coefficient_bits: int) -> int:
-    """Ideal size in bits of bank, index and coefficients; 0 coefficient bits is the binary form."""
-    return shape.n_filter_values * filter_bits + shape.n_slots * (
-        shape.index_bits + coefficient_bits
-    )
+def lego_bits(
+    shape: UnitShape, filter_bits: int, coefficient_bits: int, scale_bits: int = 0
+) -> int:
+    """Ideal size in bits of bank, index and coefficients; 0 coefficient bits is the binary form.
+
+    `scale_bits` is what each Lego filter takes beside its values.
+    """
+    bank = shape.n_filter_values * filter_bits + shape.n_lego * scale_bits
+    return bank + shape.n_slots * (shape.index_bits + coefficient_bits)
 
 
 def dense_macs(shape: UnitShape, pixels: int) -> int:

@@ -112,7 +112,7 @@ def digest(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("coefficients", ["binary", "fp16", "fp32", "bf16"])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
 def test_loading_undoes_saving(dtype: str, coefficients: str, k: int, tmp_path: Path) -> None:
     gains = {} if coefficients == "binary" else {"coefficients_dtype": coefficients}
     model = mixed(dtype=dtype, coefficients=coefficients != "binary", k=k, **gains)
@@ -129,12 +129,15 @@ def test_loading_undoes_saving(dtype: str, coefficients: str, k: int, tmp_path: 
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
 @pytest.mark.parametrize("memory", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_dtype_in_memory_survives(memory: torch.dtype, when: str, tmp_path: Path) -> None:
+def test_the_dtype_in_memory_survives(
+    memory: torch.dtype, when: str, dtype: str, tmp_path: Path
+) -> None:
     model = randomised(Mixed())
     model = model.to(memory) if when == "before" else model
-    spec = lego.LegoSpec(m=0.6, o=2, k=2, dtype="fp16", allow_expansion=True)
+    spec = lego.LegoSpec(m=0.6, o=2, k=2, dtype=dtype, allow_expansion=True)
     lego.convert_(model, lego.plan(model, spec, torch.zeros(1, 3, 12, 12, dtype=memory)
                                    if when == "before" else torch.zeros(1, 3, 12, 12)))  # fmt: skip
     model = model.to(memory)
@@ -213,6 +216,64 @@ def test_nothing_dense_is_stored_and_the_file_is_as_large_as_the_ideal_bits(tmp_
     buffers = sum(b.numel() * b.element_size() for b in norms)
     assert len(raw) - 8 - header == ideal + buffers
     assert header < 150 * len(stored)
+
+
+def test_int8_filters_take_a_byte_a_value_and_two_a_filter(tmp_path: Path) -> None:
+    model = small(k=2, dtype="int8")
+    lego.save(model, tmp_path / "a")
+    stored = load_file(tmp_path / "a" / TENSORS)
+    full = small(k=2)
+    others = dict(lego.lego_modules(full))
+    for name, unit in lego.lego_modules(model):
+        values, scales = stored[f"{name}.lego_filters"], stored[f"{name}.lego_scales"]
+        assert (values.dtype, scales.dtype) == (torch.int8, torch.bfloat16)
+        assert scales.shape == (unit.lego_shape.n_lego,)
+        assert values.abs().flatten(1).amax(1).unique().tolist() == [127]
+        step = scales.float().reshape(-1, 1, 1, 1)
+        assert torch.equal(unit.lego_filters, values.float() * step)
+        difference = (unit.lego_filters - others[name].lego_filters).abs()
+        assert bool((difference <= 0.5001 * step).all())
+    image = torch.zeros(1, 3, 32, 32)
+    report, wide = (lego.measure(m, example_input=image) for m in (model, full))
+    shapes = [unit.lego_shape for _, unit in lego.lego_modules(model)]
+    saved = sum(24 * s.n_filter_values - 16 * s.n_lego for s in shapes)
+    assert wide.total("bits") - report.total("bits") == saved
+    plan = lego.plan(
+        lego.create("resnet18", pretrained=False, num_classes=10, model_args=SMALL),
+        lego.LegoSpec(m=0.7, o=2, k=2, dtype="int8", allow_expansion=True),
+        image,
+    )
+    assert {r.name: r.bits for r in report.rows if r.n_lego} == {
+        name: row.bits for name, row in plan.layers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda t: t.pop("layer1.0.conv2.lego_scales"), "lego_scales' is missing"),
+        (lambda t: t["layer1.0.conv2.lego_scales"].neg_(), "positive finite"),
+        (lambda t: t["layer1.0.conv2.lego_scales"].fill_(torch.inf), "positive finite"),
+        (lambda t: t["layer1.0.conv2.lego_filters"].fill_(-128), "-128"),
+        (lambda t: t.update({"fc.lego_scales": torch.ones(2)}), "'fc.lego_scales' is unknown"),
+        (
+            lambda t: t.update(
+                {"layer1.0.conv2.lego_scales": t["layer1.0.conv2.lego_scales"].float()}
+            ),
+            "bf16",
+        ),
+    ],
+    ids=["missing", "negative", "infinite", "-128", "unknown", "fp32"],
+)
+def test_int8_tensors_are_checked(
+    change: Callable[[dict[str, Tensor]], Any], text: str, tmp_path: Path
+) -> None:
+    lego.save(small(dtype="int8"), tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    change(tensors)
+    save_file(tensors, tmp_path / "a" / TENSORS)
+    with pytest.raises(CheckpointError, match=text):
+        lego.load(tmp_path / "a")
 
 
 def test_what_made_the_network_survives(tmp_path: Path) -> None:
@@ -674,10 +735,10 @@ def test_a_config_that_cannot_be_true(
 
 
 def test_a_network_larger_than_its_file_is_refused_before_memory_is_taken(folder: Path) -> None:
-    # 2 TB of classifier by the config, 680 bytes of it in the file.
-    edit_config(folder, args(num_classes=10**9))
-    text = refused(folder, "fc")
-    assert "allocate" not in text
+    # Gigabytes of classifier by the config, 680 bytes of it in the file.
+    for classes, match in ((10**9, "num_classes is 1e[+]09"), (10**7, "more than"), (10**6, "fc")):
+        edit_config(folder, args(num_classes=classes))
+        assert "allocate" not in refused(folder, match)
 
 
 def test_a_slot_that_names_no_lego_filter(folder: Path) -> None:

@@ -159,7 +159,7 @@ def test_report_says_what_the_library_measures(run: Run, compressed: Path) -> No
     assert "(agrees)" in ran.out
     assert all(row.name in ran.out for row in report.rows)
     found = json.loads(run("report", compressed, "--json").out)
-    assert found == json.loads(json.dumps(report.to_dict()))
+    assert found == json.loads(json.dumps({**report.to_dict(), "calibration": None}))
     assert found["totals"]["stored_bytes"] == sum(f.stat().st_size for f in compressed.iterdir())
 
 
@@ -201,6 +201,50 @@ def test_export_is_loaded_by_timm(run: Run, tmp_path: Path, compressed: Path) ->
     assert run("export", compressed, "--out", path, "--force").code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["onnx"], "x.onnx"),
+        (["onnx", "--form", "dense"], "x-dense.onnx"),
+        (["pt2", "--form", "dense"], "x-dense.pt2"),
+        (["timm"], "x-timm"),
+    ],
+    ids=" ".join,
+)
+def test_export_writes_every_kind(
+    run: Run, tmp_path: Path, compressed: Path, words: list[str], name: str
+) -> None:
+    (tmp_path / "x").symlink_to(compressed)
+    ran = run("export", "x", "--to", *words, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.err == ""
+    told = json.loads(ran.out)
+    assert told["out"] == name
+    files = [f for f in (Path(name), *Path(name).glob("*")) if f.is_file()]
+    assert told["bytes"] == sum(f.stat().st_size for f in files) > 0
+    if words[0] != "timm":
+        assert told["form"] == ([*words, "lego"][2] if len(words) > 1 else "lego")
+        assert told["relative_difference"] < 1e-4
+    failed(run("export", "x", "--to", *words), 2, "exists already", "--force")
+
+
+def test_export_shows_how_far_off_it_is(run: Run, compressed: Path) -> None:
+    ran = run("export", compressed, "--to", "pt2", "--form", "dense", "--out", "here.pt2")
+    assert ran.code == 0
+    assert re.search(
+        r"the reloaded program against the network: \S+ \(\S+ of the largest\)", ran.out
+    )
+
+
+def test_export_tells_what_a_kind_cannot_hold(run: Run, compressed: Path, tmp_path: Path) -> None:
+    for kind in ("dense", "timm"):
+        words = ("export", compressed, "--to", kind, "--form", "lego")
+        failed(run(*words), 2, "--form is for onnx and pt2")
+    words = ("export", compressed, "--to", "pt2", "--form", "assemble-at-load", "--out", "x")
+    failed(run(*words), 2, "is for ONNX")
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_of_the_folder_one_stands_in(
     run: Run, compressed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +261,8 @@ def test_export_of_the_folder_one_stands_in(
 
 
 @pytest.mark.parametrize(
-    "command", ["", "convert", "inspect", "calibrate", "report", "evaluate", "export", "demo"]
+    "command",
+    ["", "convert", "inspect", "calibrate", "report", "evaluate", "export", "push", "demo"],
 )
 def test_every_command_has_help(command: str) -> None:
     words = [command] if command else []
@@ -231,7 +276,7 @@ def test_every_command_has_help(command: str) -> None:
                 assert option.opts[0] in found.output
                 assert option.help, f"{command} {option.opts}"
     if not command:
-        assert {"convert", "inspect", "report", "evaluate", "export", "demo"} <= set(
+        assert {"convert", "inspect", "report", "evaluate", "export", "push", "demo"} <= set(
             re.findall(r"^  (\w+) ", found.output, re.MULTILINE)
         )
 
@@ -257,7 +302,7 @@ def test_calibration_repairs_and_is_reported(run: Run, tmp_path: Path, compresse
 
 
 def test_convert_calibrates_too(run: Run, tmp_path: Path) -> None:
-    words = ["convert", DENSE, "--images", 40, "--epochs", 0, "--json"]
+    words = ["convert", DENSE, "--images", 20, "--epochs", 0, "--only", "layer1.*", "--json"]
     told = {}
     for name in (PHOTOS, "synthetic"):
         ran = run(*words, "--calibrate", name, "--out", tmp_path / Path(name).stem)
@@ -267,12 +312,6 @@ def test_convert_calibrates_too(run: Run, tmp_path: Path) -> None:
     assert [told[name]["synthetic"] for name in told] == [False, True]
     # Judged on other images each: of its own kind.
     assert told[PHOTOS]["sha256"] != told["synthetic"]["sha256"]
-    ran = run(*words, "--calibrate", PHOTOS, "--out", tmp_path / "again")
-    tensors = [
-        (tmp_path / name / "model.safetensors").read_bytes()
-        for name in (Path(PHOTOS).stem, "again")
-    ]
-    assert tensors[0] == tensors[1]
 
 
 def test_calibration_needs_an_original_and_images(

@@ -449,6 +449,16 @@ def test_one_training_step_moves_every_filter_and_coefficient() -> None:
 
 def test_rounding_keeps_what_is_finite_finite() -> None:
     values = torch.tensor([1e9, -1e9, 1 / 3, 0.0, 65504.0])
+    for memory in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for size in (1e-3, 1, 1e3):
+            wide = (torch.randn(500, 9, dtype=torch.float64) * size).to(memory)
+            once = rounded(wide, "int8")
+            assert torch.equal(rounded(once, "int8"), once)
+            step = wide.abs().amax(1, keepdim=True) / 127
+            assert bool(((once - wide).abs() <= 1.3 * step).all())
+        widest = torch.full((2, 3), torch.finfo(memory).max, dtype=memory)
+        assert bool(rounded(widest, "int8").isfinite().all())
+        assert torch.equal(rounded(0 * widest, "int8"), 0 * widest)
     half = rounded(values, "fp16")
     assert half.tolist() == [65504.0, -65504.0, float(torch.tensor(1 / 3).half()), 0.0, 65504.0]
     assert half.dtype == torch.float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.errors import OutputExistsError
+from legocompress.errors import ExportError, OutputExistsError
 from legocompress.export import dense_state
 
 SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
@@ -103,6 +105,10 @@ def test_aliases_are_present(tmp_path: Path) -> None:
     assert_equal(model, plain)
 
 
+OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 23)
+needs_timm = pytest.mark.skipif(OLD_TIMM, reason="timm 1.0.22 reads a folder's file as pickle")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_in_memory_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     model = converted(timm.create_model("resnet18", num_classes=7, **SMALL).to(dtype), dtype="fp16")
@@ -135,3 +141,68 @@ def test_an_existing_file_needs_force(tmp_path: Path) -> None:
     lego.export_dense(model, path, force=True)
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@needs_timm
+def test_the_dense_state_loads_where_this_package_is_not_installed(
+    tmp_path: Path, elsewhere: Callable[[str], str]
+) -> None:
+    model = converted(timm.create_model("resnet18", num_classes=7, **SMALL))
+    path = lego.export_dense(model, tmp_path / "x.safetensors")
+    folder = lego.export_timm(model, tmp_path / "folder")
+    x = torch.randn(2, 3, 32, 32)
+    torch.save(x, tmp_path / "x")
+    elsewhere(f"""
+import timm, torch
+from safetensors.torch import load_file
+model = timm.create_model("resnet18", num_classes=7, **{SMALL!r})
+model.load_state_dict(load_file({str(path)!r}), strict=True)
+again = timm.create_model("local-dir:{folder}", pretrained=True)
+x = torch.load({str(tmp_path / "x")!r}, weights_only=True)
+with torch.no_grad():
+    torch.save([model.eval()(x), again.eval()(x)], {str(tmp_path / "y")!r})
+""")
+    with torch.no_grad():
+        expected = model.eval()(x)
+    for found in torch.load(tmp_path / "y", weights_only=True):
+        assert torch.equal(found, expected)
+
+
+@needs_timm
+def test_a_timm_folder_keeps_classes_channels_and_preprocessing(tmp_path: Path) -> None:
+    model = lego.create(
+        "resnet18",
+        pretrained=False,
+        num_classes=7,
+        in_chans=4,
+        model_args=SMALL,
+        preprocess={"mean": (0.5,), "input_size": (32, 32)},
+    )
+    spec = lego.LegoSpec(m=0.5, o=2, allow_expansion=True)
+    lego.convert_(model, lego.plan(model, spec))
+    folder = lego.export_timm(model, tmp_path / "folder")
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert "compression_config" not in json.loads((folder / "config.json").read_text())
+    plain: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert plain.pretrained_cfg["mean"] in ([0.5] * 4, (0.5,) * 4)
+    assert tuple(plain.pretrained_cfg["input_size"]) == (4, 32, 32)
+    x = torch.randn(2, 4, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(x), model(x))
+    with pytest.raises(OutputExistsError, match="--force"):
+        lego.export_timm(model, folder)
+    assert lego.export_timm(model, folder, force=True) == folder
+    assert lego.open_model(str(folder)).pretrained_cfg["crop_pct"] == 0.95
+
+
+def test_what_timm_does_not_build_is_refused_as_its_folder(tmp_path: Path) -> None:
+    model = lego.create("torchvision/squeezenet1_1", pretrained=False)
+    converted(model, only=["features.3.expand1x1"])
+    with pytest.raises(ExportError, match=r"timm has no squeezenet1_1.*--to dense"):
+        lego.export_timm(model, tmp_path / "a")
+    with pytest.raises(ExportError, match="timm has no TwoNames"):
+        lego.export_timm(converted(TwoNames()), tmp_path / "a")
+    deployed = converted(lego.create("repvgg_a0", pretrained=False), only=["stages.0.0.*"])
+    with pytest.raises(ExportError, match="deployed form"):
+        lego.export_timm(deployed, tmp_path / "a")
+    assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def told(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
         ({"o": 2.5}, ["o=2.5", "integer"]),
         ({"k": 0}, ["k=0", "greater than or equal to 1"]),
         ({"k": "x"}, ["k='x'", "integer"]),
-        ({"dtype": "int8"}, ["dtype='int8'", "fp32", "fp16", "bf16"]),
+        ({"dtype": "int4"}, ["dtype='int4'", "fp32", "fp16", "bf16", "int8"]),
         ({"coefficients_dtype": "fp64"}, ["coefficients_dtype='fp64'", "fp16"]),
         ({"coefficients": "perhaps"}, ["coefficients='perhaps'"]),
         ({"ratio": 0.5}, ["ratio=0.5"]),

@@ -1,0 +1,265 @@
+"""A network as an ONNX file of plain operators, its Lego units as small as in the checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from legocompress.errors import ExportError, UsageError
+from legocompress.files import check_free, writing
+from legocompress.program import (
+    Exported,
+    Form,
+    StoredUnit,
+    check_agrees,
+    differences,
+    example_images,
+    first_line,
+    hollow_copy,
+    reference,
+    trace,
+    within,
+)
+
+OPSET = 18
+MAX_BYTES = 2**31 - 2**20  # what one protobuf file can hold
+FORMS: tuple[Form, ...] = ("lego", "assemble-at-load", "dense")
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    form: Form = "lego",
+    force: bool = False,
+    example_input: Tensor | None = None,
+) -> Exported:
+    """Write a network as an ONNX file with a dynamic batch, checked against ONNX Runtime.
+
+    The file has one input `image` (N, c, H, W) float32 and plain operators only. In the forms
+    'lego' and 'assemble-at-load' it stores what the checkpoint stores: filters and coefficients in
+    their storage dtypes, indices in the narrowest integer. 'lego' computes split-transform-merge;
+    'assemble-at-load' builds the dense weights out of constants, which ONNX Runtime and OpenVINO
+    do once, as they load; 'dense' stores the dense weights.
+
+    Args:
+        model: the converted network; it runs in float32 there.
+        path: the file to write.
+        form: what the file holds.
+        force: replace what stands there.
+        example_input: (N, c, H, W), for the size of images; by default the configuration's.
+
+    Raises:
+        UsageError: the form is unknown, or the packages for ONNX are not installed.
+        ExportError: the network cannot be traced or expressed in ONNX, is too large for one file,
+            or ONNX Runtime's outputs are not the network's.
+        OutputExistsError: the file exists and `force` is not given.
+        OutputError: it cannot be written.
+    """
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r}; allowed are {', '.join(FORMS)}")
+    onnx, runtime = _need("onnx"), _need("onnxruntime")
+    _need("onnxscript")
+    target = Path(path)
+    check_free(target, force)
+    images = example_images(model, example_input, 3)
+    plain = reference(model)
+    with torch.no_grad():
+        expected = plain(images)
+    units: dict[str, StoredUnit] = {}
+    if form == "dense":
+        program, names = trace(plain, images[:2]), ["image"]
+    else:
+        hollow, units = hollow_copy(model, form)
+        tensors = {
+            within(name, leaf): tensor
+            for name, unit in units.items()
+            for leaf, tensor in unit().items()
+        }
+        program, names = trace(hollow, images[:2], tensors), ["image", *tensors]
+    proto = _convert(program, names, len(tree_leaves(expected)))
+    for name, unit in reversed(units.items()):
+        _attach(onnx, proto, name, unit, form)
+    _strip(proto)
+    data = _serialize(onnx, proto)
+    with writing(target, force) as temporary:
+        temporary.write_bytes(data)
+        found = _run(runtime, temporary, images)
+        absolute, relative = differences(tree_leaves(expected), found)
+        check_agrees("ONNX Runtime", relative)
+    return Exported(target, form, len(data), absolute, relative)
+
+
+def _need(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UsageError(
+            f"ONNX needs the package {package}: pip install 'legocompress[onnx]'"
+        ) from None
+
+
+def _convert(program: ExportedProgram, names: list[str], n_outputs: int) -> Any:
+    """The exported program as an ONNX model, optimised by torch's own exporter."""
+    outputs = ["output"] if n_outputs == 1 else [f"output_{i}" for i in range(n_outputs)]
+    loud = logging.getLogger("torch.onnx")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=names,
+                output_names=outputs,
+                opset_version=OPSET,
+                verbose=False,
+            )
+            assert written is not None
+            return written.model_proto
+    # The exporter wraps errors of any kind, some with pages of text.
+    except Exception as error:
+        raise ExportError(
+            f"torch.onnx cannot express this network: {first_line(error)}. "
+            "The dense weights can be exported with --to dense"
+        ) from error
+    finally:
+        loud.setLevel(level)
+
+
+def _attach(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form) -> None:
+    """Put a unit's stored tensors into the graph, and nodes that decode them to the inputs' place.
+
+    The units were inputs until now, so that the exporter could not fold them into larger constants.
+    """
+    graph = proto.graph
+    nodes = []
+
+    def constant(key: str, tensor: Tensor) -> str:
+        kind = _onnx_type(onnx, tensor.dtype)
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        graph.initializer.append(
+            onnx.helper.make_tensor(key, kind, list(tensor.shape), raw, raw=True)
+        )
+        return key
+
+    def narrow(key: str, tensor: Tensor) -> str:
+        return constant(f"{key}.{str(tensor.dtype).removeprefix('torch.')}", tensor)
+
+    def cast(stored: str, key: str, dtype: torch.dtype) -> None:
+        to = _onnx_type(onnx, dtype)
+        nodes.append(onnx.helper.make_node("Cast", [stored], [key], to=to))
+
+    def widened(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+        if tensor.dtype == dtype:
+            constant(key, tensor)
+        else:
+            cast(narrow(key, tensor), key, dtype)
+
+    filters, scales = within(name, "lego_filters"), within(name, "lego_scales")
+    widened(within(name, "index"), unit.index, torch.int64)
+    if unit.coefficients is not None:
+        widened(within(name, "coefficients"), unit.coefficients, torch.float32)
+    if unit.scales is None:
+        widened(filters, unit.filters, torch.float32)
+    elif form == "lego":
+        widened(scales, unit.scales, torch.float32)
+        inputs = [narrow(filters, unit.filters), scales]
+        nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [filters], axis=0))
+    else:  # ONNX Runtime keeps DequantizeLinear for its kernels of int8, and folds a product
+        column = unit.scales.reshape(-1, *[1] * (unit.filters.dim() - 1))
+        widened(scales, column, torch.float32)
+        cast(narrow(filters, unit.filters), f"{filters}.float32", torch.float32)
+        inputs = [f"{filters}.float32", scales]
+        nodes.append(onnx.helper.make_node("Mul", inputs, [filters]))
+    for node in reversed(nodes):
+        graph.node.insert(0, node)
+    decoded = {within(name, leaf) for leaf in unit()}
+    kept = [value for value in graph.input if value.name not in decoded]
+    del graph.input[:]
+    graph.input.extend(kept)
+
+
+def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:
+    names = {"uint8": "UINT8", "int8": "INT8", "int16": "INT16", "int32": "INT32",
+             "int64": "INT64", "float32": "FLOAT", "float16": "FLOAT16",
+             "bfloat16": "BFLOAT16"}  # fmt: skip
+    return int(getattr(onnx.TensorProto, names[str(dtype).removeprefix("torch.")]))
+
+
+def _strip(proto: Any) -> None:
+    """Remove what only a reader of the graph would miss: stack traces, node names, shapes inside.
+
+    Values inside the graph get short names, unless a sub-graph might use them.
+    """
+    graph = proto.graph
+    proto.producer_name, proto.producer_version = "legocompress", ""
+    del proto.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    proto.doc_string = graph.doc_string = ""
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == batch:
+                dim.dim_param = "batch"
+    if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
+        return
+    kept = {value.name for value in (*graph.input, *graph.output)} | {""}
+    short = _short_names({*kept, *(tensor.name for tensor in graph.initializer)})
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        node.name = ""
+        for names in (node.input, node.output):
+            for position, name in enumerate(names):
+                names[position] = renamed.get(name, name)
+        for position, name in enumerate(node.output):
+            if name not in kept:
+                renamed[name] = node.output[position] = next(short)
+
+
+def _short_names(taken: set[str]) -> Iterator[str]:
+    number = 0
+    while True:
+        if (name := f"{number:x}") not in taken:
+            yield name
+        number += 1
+
+
+def _serialize(onnx: Any, proto: Any) -> bytes:
+    size = sum(math.prod(t.dims) * 4 for t in proto.graph.initializer if not t.raw_data)
+    size += sum(len(t.raw_data) for t in proto.graph.initializer)
+    if size > MAX_BYTES:
+        raise ExportError(
+            f"the network takes {size:,} bytes in this form, and one ONNX file holds 2 GiB; "
+            "choose another --form, or store filters as --dtype fp16"
+        )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"ONNX's checker refuses the graph: {first_line(error)}") from error
+    return bytes(proto.SerializeToString())
+
+
+def _run(runtime: Any, path: Path, images: Tensor) -> list[Tensor]:
+    """Outputs of ONNX Runtime on the CPU."""
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        outputs = session.run(None, {"image": images.numpy()})
+    # The runtime's errors derive from different classes in different versions.
+    except Exception as error:
+        raise ExportError(f"ONNX Runtime refuses the file: {first_line(error)}") from error
+    return [torch.from_numpy(output) for output in outputs]
