@@ -141,6 +141,7 @@ def _show_plan(planned: Plan, as_json: bool) -> None:
             "params": row.params,
             "bits": row.bits,
             "macs": row.macs,
+            "proxy_params": row.proxy_params,
         }
         for row in planned.rows
     ]
@@ -150,6 +151,7 @@ def _show_plan(planned: Plan, as_json: bool) -> None:
             "layers": rows,
             "other_params": planned.other_params,
             "other_bits": planned.other_bits,
+            "proxy_bytes": planned.proxy_bytes,
             "input_shape": planned.input_shape,
             "reparameterize": planned.reparameterize,
             "note": planned.note,

@@ -16,6 +16,7 @@ from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
+from .finetune import finetune, recipes
 from .push import push
 from .report import report
 
@@ -31,7 +32,7 @@ def cli(debug: bool) -> None:
 
 
 COMMANDS = (
-    convert, inspect, calibrate, report, evaluate, benchmark, export, push, demo,
+    convert, inspect, calibrate, finetune, recipes, report, evaluate, benchmark, export, push, demo,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from legocompress.calibrate import Calibration
 from legocompress.evaluate import Evaluation
 from legocompress.measure import LayerReport, Report
 from legocompress.plan import LayerPlan, Plan
+from legocompress.recipe import Recipe
 
 
 def print_json(value: Any) -> None:
@@ -107,6 +109,10 @@ def print_plan(plan: Plan) -> None:
         ["total", converted, "", change(short_size, dense_bits, bits),
          change(short, dense_macs, macs), ""],
     )  # fmt: skip
+    click.echo(
+        f"Training the indices takes N in memory: {size(8 * plan.proxy_bytes)} in fp32, once more "
+        "for its gradient\nand for each state of the optimiser; frozen indices take none."
+    )
     if plan.reparameterize:
         click.echo("The network has blocks in training form; they are deployed before conversion.")
     if plan.note:
@@ -231,6 +237,15 @@ def print_skipped(skipped: dict[str, str]) -> None:
     reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
     for reason, number in reasons.most_common():
         click.echo(f"  {number:>4} stay dense: {reason}")
+
+
+def print_recipe(recipe: Recipe, as_json: bool) -> None:
+    """A recipe with all its defaults, as YAML that would load again, or as JSON."""
+    values = recipe.model_dump(mode="json")
+    if as_json:
+        print_json(values)
+    else:
+        click.echo(yaml.safe_dump(values, sort_keys=False), nl=False)
 
 
 def print_evaluation(found: Evaluation) -> None:

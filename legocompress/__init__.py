@@ -5,20 +5,31 @@ from importlib.metadata import version
 from legocompress.benchmark import BenchmarkRun, benchmark
 from legocompress.calibrate import Calibration, calibrate_, gather, synthesise
 from legocompress.checkpoint import load, open_model, save
-from legocompress.conv import LegoModule, freeze_, lego_modules, to_dense_
+from legocompress.conv import (
+    LegoModule,
+    freeze_,
+    freeze_indices_,
+    lego_modules,
+    to_dense_,
+    train_indices_,
+)
 from legocompress.convert import convert_
 from legocompress.data import open_images
 from legocompress.deploy import Deployment, deploy_, undeploy_
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
 from legocompress.export import export_dense, export_timm, to_dense
+from legocompress.finetune import finetune_
+from legocompress.head import reset_classifier_
 from legocompress.measure import Report, measure
 from legocompress.models import Source, create
 from legocompress.onnx_file import export_onnx
 from legocompress.plan import Plan, plan
 from legocompress.program import Exported, export_program
 from legocompress.push import push
+from legocompress.recipe import Recipe, load_recipe
 from legocompress.spec import LegoSpec, Rule
+from legocompress.training_data import open_training
 
 __version__ = version("legocompress")
 
@@ -32,6 +43,7 @@ __all__ = [
     "LegoModule",
     "LegoSpec",
     "Plan",
+    "Recipe",
     "Report",
     "Rule",
     "Source",
@@ -45,18 +57,24 @@ __all__ = [
     "export_onnx",
     "export_program",
     "export_timm",
+    "finetune_",
     "freeze_",
+    "freeze_indices_",
     "gather",
     "lego_modules",
     "load",
+    "load_recipe",
     "measure",
     "open_images",
     "open_model",
+    "open_training",
     "plan",
     "push",
+    "reset_classifier_",
     "save",
     "synthesise",
     "to_dense",
     "to_dense_",
+    "train_indices_",
     "undeploy_",
 ]

@@ -32,6 +32,7 @@ from legocompress.spec import FilterDtype, LegoSpec, StorageDtype, UnitShape
 FORMAT_VERSION = 1
 VERSION = version("legocompress")
 CONFIG, TENSORS = "config.json", "model.safetensors"
+LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
 MAX_CONFIG_BYTES = 32 * 2**20
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
                  "float64": torch.float64}  # fmt: skip
@@ -64,6 +65,7 @@ class CompressionConfig(_Strict):
     spec: dict[str, Any] | None = None
     seed: int | None = None
     skipped: dict[str, str] = {}
+    recipe: dict[str, Any] | None = None
     layers: dict[str, LayerConfig]
     calibration: Calibration | None = None
     deployment: tuple[Choices, ...] = Field(default=(), max_length=16)
@@ -100,6 +102,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         spec=record.spec.model_dump(mode="json") if isinstance(record, Record) else None,
         seed=record.seed if isinstance(record, Record) else None,
         skipped=record.skipped if isinstance(record, Record) else {},
+        recipe=record.recipe if isinstance(record, Record) else None,
         layers=layers,
         calibration=getattr(model, "lego_calibration", None),
         deployment=getattr(model, "lego_choices", ()),
@@ -211,7 +214,7 @@ def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, tensor in own_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
-        if owner not in legos or leaf not in ("lego_filters", "index", "coefficients"):
+        if owner not in legos or leaf not in LEGO_TENSORS:
             shapes[name] = tuple(tensor.shape)
     for name, module in legos.items():
         shapes[f"{name}.weight" if name else "weight"] = tuple(module.weight.shape)
@@ -248,7 +251,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     noted: Any = model
     noted.lego_source = source
     if block.spec is not None:
-        noted.lego_record = Record(_spec(folder, block.spec), block.seed or 0, dict(block.skipped))
+        noted.lego_record = Record(
+            _spec(folder, block.spec), block.seed or 0, dict(block.skipped), block.recipe
+        )
     if block.calibration is not None:
         noted.lego_calibration = block.calibration
     noted.lego_choices = block.deployment

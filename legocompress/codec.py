@@ -43,9 +43,13 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
     """
     stored: dict[str, Tensor] = {}
     legos = dict(lego_modules(model))
+    for lego in legos.values():
+        lego.settle()
     for name, tensor in own_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         module = legos.get(owner)
+        if module is not None and leaf == "proxy":
+            continue  # what it chose is in the index
         if module is None:
             stored[name] = tensor.detach()
         elif leaf == "index":

@@ -11,6 +11,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
 from legocompress.errors import ConversionError, DenseOnlyError
+from legocompress.proxy import assemble_through, choose, start_proxy
 from legocompress.spec import FilterDtype, StorageDtype, UnitShape
 from legocompress.unit import assemble, split_transform_merge
 
@@ -23,13 +24,14 @@ class LegoModule(nn.Module):
 
     Its parameters are `lego_filters` (m, q, kh, kw) and `coefficients` (o, n, k; None in the
     binary form), its buffer is `index` (o, n, k, int64), and `weight` is assembled from them at
-    every read.
+    every read. While the index trains there is also `proxy` (o, n, m), whose top k it is.
     """
 
     lego_shape: UnitShape
     lego_filters: nn.Parameter
     index: Tensor
     coefficients: nn.Parameter | None
+    proxy: nn.Parameter | None
     frozen_weight: Tensor | None
     storage_dtype: FilterDtype
     coefficients_dtype: StorageDtype
@@ -43,7 +45,12 @@ class LegoModule(nn.Module):
         """The dense weight, in the layout of the class that was replaced; read-only."""
         if self.frozen_weight is not None:
             return self.frozen_weight
-        filters = assemble(self.lego_shape, self.lego_filters, self.index, self.coefficients)
+        self.settle()
+        unit = (self.index, self.coefficients)
+        if self.proxy is None:
+            filters = assemble(self.lego_shape, self.lego_filters, *unit)
+        else:
+            filters = assemble_through(self.lego_shape, self.lego_filters, self.proxy, *unit)
         if isinstance(self, nn.Linear):
             return filters.flatten(1)
         if self._channels_last:
@@ -106,6 +113,39 @@ class LegoModule(nn.Module):
             self.dilation,
         )
         return y if batched else y[0]
+
+    def train_index(self) -> None:
+        """Give the layer a proxy N that chooses what the index holds now, so that it can learn.
+
+        Raises:
+            ConversionError: a slot names one Lego filter twice, which no top k can.
+        """
+        unit = (self.lego_filters.detach(), self.index, self.coefficients)
+        if self.lego_shape.n_lego > self.lego_shape.n_terms and self.proxy is None:
+            ordered = self.index.sort(2).values
+            if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
+                raise ConversionError(
+                    f"a slot of this {type(self).__name__} names one Lego filter twice, so its "
+                    "index cannot learn; fine-tune with 'indices: frozen', or convert with k=1"
+                )
+            with torch.no_grad():
+                self.proxy = nn.Parameter(start_proxy(self.lego_shape, *unit))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring the index, and the coefficients of what is new in it, up to date with N."""
+        if self.proxy is None:
+            return
+        unit = (self.lego_filters, self.proxy, self.index, self.coefficients)
+        index, coefficients = choose(self.lego_shape, *unit)
+        self.index.copy_(index)
+        if self.coefficients is not None and coefficients is not None:
+            self.coefficients.copy_(coefficients)
+
+    def freeze_index(self) -> None:
+        """Let go of N; the index stays what N chose last."""
+        self.settle()
+        self.proxy = None
 
     def freeze(self) -> None:
         """Assemble the weight once and keep it, for inference; thawed by train() and by loading."""
@@ -209,6 +249,7 @@ def become_lego_(
     module.register_buffer("index", index.to(weight.device))
     gains = None if coefficients is None else parameter(coefficients)
     module.register_parameter("coefficients", gains)
+    module.register_parameter("proxy", None)
     module.register_buffer("frozen_weight", None, persistent=False)
     module.lego_shape = shape
     module.storage_dtype = storage_dtype
@@ -222,7 +263,7 @@ def become_dense_(module: LegoModule) -> nn.Conv2d | nn.Linear:
     """Turn a Lego module back into the layer that it was, with the assembled weight, in place."""
     weight = module.weight.detach().clone(memory_format=torch.preserve_format)
     requires_grad = module.lego_filters.requires_grad
-    for name in ("lego_filters", "coefficients"):
+    for name in ("lego_filters", "coefficients", "proxy"):
         module._parameters.pop(name)
     for name in ("index", "frozen_weight"):
         module._buffers.pop(name)
@@ -248,6 +289,23 @@ def _is_channels_last(weight: Tensor) -> bool:
 def lego_modules(model: nn.Module) -> Iterator[tuple[str, LegoModule]]:
     """Each Lego module of a model once, with its first name, in the model's own order."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LegoModule))
+
+
+def train_indices_(model: ModuleT) -> ModuleT:
+    """Give every Lego module a proxy N, so that its index learns by the straight-through estimator.
+
+    The network's function stays what it is. N goes with `freeze_indices_`.
+    """
+    for _, module in lego_modules(model):
+        module.train_index()
+    return model
+
+
+def freeze_indices_(model: ModuleT) -> ModuleT:
+    """Let every proxy N go; the indices stay what N chose last."""
+    for _, module in lego_modules(model):
+        module.freeze_index()
+    return model
 
 
 def freeze_(model: ModuleT) -> ModuleT:

@@ -12,7 +12,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from legocompress.cluster import cluster
-from legocompress.conv import LegoModule, become_lego_, guard_fusing_
+from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.errors import ConversionError, PlanError
 from legocompress.models import source_of
 from legocompress.plan import LayerPlan, Plan, deployed_copy
@@ -30,11 +30,15 @@ TORCH_DTYPES: dict[FilterDtype, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Record:
-    """What a conversion was asked for and what it left dense, kept as `model.lego_record`."""
+    """What a conversion was asked for and what it left dense, kept as `model.lego_record`.
+
+    `recipe` is what the network was fine-tuned by.
+    """
 
     spec: LegoSpec
     seed: int
     skipped: dict[str, str]
+    recipe: dict[str, Any] | None = None
 
 
 def convert_(
@@ -151,6 +155,16 @@ def rounded(values: Tensor, dtype: FilterDtype) -> Tensor:
     storage = TORCH_DTYPES[dtype]
     limit = min(torch.finfo(storage).max, torch.finfo(values.dtype).max)
     return values.clamp(-limit, limit).to(storage).to(values.dtype)
+
+
+@torch.no_grad()
+def round_(model: ModelT) -> ModelT:
+    """Round every Lego module's filters and coefficients to what the checkpoint stores."""
+    for _, module in lego_modules(model):
+        module.lego_filters.copy_(rounded(module.lego_filters, module.storage_dtype))
+        if module.coefficients is not None:
+            module.coefficients.copy_(rounded(module.coefficients, module.coefficients_dtype))
+    return model
 
 
 def quantized(filters: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from legocompress.errors import DataError
 
@@ -39,7 +40,7 @@ class Images:
     def batches(self, batch_size: int, workers: int = 0) -> DataLoader[Any]:
         """Batches in the order of the data set: images (N, c, H, W) and labels (N,)."""
         dataset: Dataset[Any] = self.dataset
-        return _Loader(dataset, batch_size, shuffle=False, num_workers=workers)
+        return Loader(dataset, batch_size, shuffle=False, num_workers=workers)
 
     def sample(self, n_images: int, seed: int = 0) -> Images:
         """At most `n_images` of them, drawn at random without repetition."""
@@ -48,7 +49,7 @@ class Images:
         return replace(self, dataset=Subset(self.dataset, drawn), size=len(drawn))
 
 
-class _Loader(DataLoader[Any]):
+class Loader(DataLoader[Any]):
     """A loader whose workers' errors are told as their own sentence, not with a traceback."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -66,6 +67,7 @@ def open_images(
     split: str = "validation",
     class_map: str | None = None,
     labels: bool = True,
+    transform: Callable[..., Any] | None = None,
 ) -> Images:
     """Open images under the preprocessing that `model` carries in its `pretrained_cfg`.
 
@@ -78,12 +80,14 @@ def open_images(
         split: of a named data set.
         class_map: text file of class folder names, one a line, in the order of the outputs.
         labels: False drops the labels.
+        transform: from a PIL image, in place of the preprocessing.
 
     Raises:
         DataError: nothing is there, an image cannot be read, or the labels cannot be those of the
             model.
     """
-    transform, mode = _preprocessing(model)
+    own, mode = preprocessing(model)
+    transform = own if transform is None else transform
     path = Path(where)
     if path.suffix == ".npz" and path.is_file():
         images = _arrays(path, transform, mode, labels)
@@ -99,7 +103,7 @@ def open_images(
     return images
 
 
-def _preprocessing(model: nn.Module) -> tuple[Callable[..., Tensor], str]:
+def preprocessing(model: nn.Module) -> tuple[Callable[..., Tensor], str]:
     """The model's transform, tried on a blank image, and the mode of the images it takes."""
     cfg = resolve_data_config({}, model=model)
     try:
@@ -137,7 +141,7 @@ class _Files(Dataset[tuple[Tensor, int]]):
             ) from None
 
 
-class _Arrays(Dataset[tuple[Tensor, int]]):
+class Arrays(Dataset[tuple[Tensor, int]]):
     """Images held in memory as uint8."""
 
     def __init__(self, pixels: Any, labels: Any, transform: Callable[..., Tensor], mode: str):
@@ -149,6 +153,36 @@ class _Arrays(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         image = Image.fromarray(self.pixels[position]).convert(self.mode)
         return self.transform(image), int(self.labels[position])
+
+
+class _Named(Dataset[tuple[Tensor, int]]):
+    """A data set of timm's, whose own class would skip an image that cannot be read."""
+
+    def __init__(self, found: Any, name: str, transform: Callable[..., Tensor], mode: str):
+        self.found, self.name, self.transform, self.mode = found, name, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        try:
+            if isinstance(self.found, ImageDataset):
+                file, label = self.found.reader[position][:2]
+                with closing(file):
+                    image = Image.open(file).convert(self.mode)
+            else:
+                image, label = self.found[position]
+                image = image.convert(self.mode)
+        # Each library behind these names has errors of its own.
+        except Exception as error:
+            where = f"{position}"
+            if isinstance(self.found, ImageDataset):
+                where += f" ({self.found.filename(position)})"
+            raise DataError(
+                f"image {where} of data set {self.name!r} cannot be read "
+                f"({' '.join(str(error).split())[:200]}); remove or repair it"
+            ) from None
+        return self.transform(image), UNLABELLED if label is None else int(label)
 
 
 def _folder(
@@ -198,7 +232,7 @@ def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: boo
         )
     labelled = targets is not None
     targets = np.full(len(pixels), UNLABELLED) if targets is None else targets
-    return Images(_Arrays(pixels, targets, transform, mode), len(pixels), labelled, str(path))
+    return Images(Arrays(pixels, targets, transform, mode), len(pixels), labelled, str(path))
 
 
 def _named(
@@ -210,9 +244,12 @@ def _named(
     labels: bool,
 ) -> Images:
     try:
-        dataset = create_dataset(name, root=data_dir, split=split, input_img_mode=mode)
-        dataset.transform = transform
-        size = len(dataset)
+        found: Any = create_dataset(name, root=data_dir, split=split, input_img_mode=mode)
+        dataset: Any = _Named(found, name, transform, mode)
+        if isinstance(found, IterableDataset):  # a stream, which has no positions to read at
+            dataset = found
+            dataset.transform = transform
+        size = len(found)
     # Each library behind these names has errors of its own.
     except Exception as error:
         raise DataError(

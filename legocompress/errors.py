@@ -20,6 +20,10 @@ class SpecError(UsageError):
     """A compression setting (m, o, k, dtype, rule) is out of range or malformed."""
 
 
+class RecipeError(UsageError):
+    """A fine-tuning recipe is missing, or says something that it may not."""
+
+
 class PatternError(UsageError):
     """A layer name or pattern matches nothing."""
 
@@ -66,6 +70,10 @@ class DataError(LegoError):
 
 class KernelError(LegoError):
     """The fused kernel is not there, cannot run this layer, or was called with what cannot fit."""
+
+
+class TrainingError(LegoError):
+    """Training cannot go on: the loss is no number, memory is out, a worker has died."""
 
 
 class OutputError(LegoError):

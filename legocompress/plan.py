@@ -62,6 +62,13 @@ class LayerPlan:
         return unit_bits(self.shape, self.spec)
 
     @property
+    def proxy_params(self) -> int:
+        """Numbers of the proxy N while the index trains; 0 where there is nothing to choose."""
+        if self.shape is None or self.shape.n_lego == self.shape.n_terms:
+            return 0
+        return self.shape.n_fragments * self.shape.n_lego
+
+    @property
     def macs(self) -> int | None:
         """Multiply-accumulates afterwards, by the cheaper form: merge, or dense once assembled."""
         if self.shape is None or self.dense_macs is None:
@@ -94,6 +101,11 @@ class Plan:
         object.__setattr__(self, "layers", {r.name: r for r in self.rows if r.converted})
         skipped = {r.name: r.reason for r in self.rows if r.reason is not None}
         object.__setattr__(self, "skipped", skipped)
+
+    @property
+    def proxy_bytes(self) -> int:
+        """Memory of all proxies N in float32 while indices train; an optimiser may keep as much."""
+        return 4 * sum(row.proxy_params for row in self.rows)
 
 
 def unit_bits(shape: UnitShape, spec: LegoSpec) -> int:

@@ -48,8 +48,13 @@ def assemble(
             term = term * gains[:, t : t + 1]
         total = term if total is None else total + term
     assert total is not None
+    return stack(shape, total)
+
+
+def stack(shape: UnitShape, rows: Tensor) -> Tensor:
+    """Turn fragments (o*n, q*kh*kw) into dense filters (n, c/g, kh, kw), padding dropped."""
     kh, kw = shape.kernel
-    split = total.reshape(shape.n_split, shape.n_out, shape.width, kh, kw)
+    split = rows.reshape(shape.n_split, shape.n_out, shape.width, kh, kw)
     filters = split.transpose(0, 1).reshape(shape.n_out, shape.n_split * shape.width, kh, kw)
     return filters[:, : shape.channels].contiguous()
 

@@ -1,0 +1,368 @@
+"""Fine-tune the shipped network on Fashion-MNIST, and what else a user might do with the budget.
+
+    python benchmarks/finetuning.py --data-dir fashion-mnist --out results --rows dense 4x --seeds 0
+    python benchmarks/finetuning.py --out results --table
+
+A row that `--out` holds already is not run again, and one that was interrupted goes on. Test
+accuracy is that of the last epoch as it is stored; no epoch is chosen by the test images.
+`--step-cost 10` times a training step against the dense network's.
+`--transfer FILE --weights FILE` runs the transfer of squeezenet1_1 to emoji64 instead.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+import legocompress as lego
+from legocompress.convert import Record
+from legocompress.finetune import Epoch, finetune_
+from legocompress.measure import measure
+from legocompress.optimize import add_anchor_
+from legocompress.probe import probe
+
+SHIPPED = Path(str(files("legocompress"))) / "demo"
+FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
+FROZEN = "stages=[{epochs: 3, indices: frozen}]"
+SCRATCH = ("optimizer.lr=0.1", "distill=null", "balance=1e-4")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: where the network starts, and what the recipe changes."""
+
+    start: str  # dense, calibrated, clustered, kmeans, scratch, svd-*, pruned-*
+    spec: dict[str, Any]
+    changes: tuple[str, ...] = ()
+    trains: bool = True
+
+
+ROWS = {
+    "dense": Row("dense", {}, trains=False),
+    "dense, trained on": Row("dense", {}, (FROZEN,)),
+}
+for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
+    ROWS |= {
+        f"{size}": Row("calibrated", unit),
+        f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
+        f"{size} frozen": Row("calibrated", unit, (FROZEN,)),
+        f"{size} no anchor": Row("calibrated", unit, ("anchor=0",)),
+        f"{size} fast N": Row("calibrated", unit, ("stages.0.rates.proxies=30", "anchor=0.01")),
+        f"{size} labels only": Row("calibrated", unit, ("distill=null",)),
+        f"{size} clustered": Row("clustered", unit),
+        f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
+        f"{size} clustered frozen": Row("clustered", unit, (FROZEN,)),
+        f"{size} k-means": Row("kmeans", {**unit, "coefficients": False}),
+        f"{size} scratch": Row("scratch", unit, SCRATCH),
+        f"{size} svd, bytes": Row("svd-bytes", unit, (FROZEN,)),
+        f"{size} svd, MACs": Row("svd-macs", unit, (FROZEN,)),
+        f"{size} pruned, bytes": Row("pruned-bytes", unit, (FROZEN,)),
+        f"{size} pruned, MACs": Row("pruned-macs", unit, (FROZEN,)),
+    }
+
+
+def dense() -> nn.Module:
+    """The shipped network."""
+    return lego.create(f"local-dir:{SHIPPED / 'fashion-resnet'}")
+
+
+def start_of(row: Row, data_dir: str, seed: int) -> nn.Module:
+    """The network that a row trains."""
+    model = dense()
+    if row.start == "dense":
+        return model
+    spec = lego.LegoSpec(**row.spec)
+    if row.start == "scratch":
+        torch.manual_seed(seed)
+        for module in model.modules():
+            reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+    plan = lego.plan(model, spec)
+    if row.start.startswith(("svd", "pruned")):
+        compressed = measure(lego.convert_(copy.deepcopy(model), plan)).totals()
+        kind, _, budget = row.start.partition("-")
+        key = "bits" if budget == "bytes" else "macs"
+        shrink = factorised if kind == "svd" else pruned
+        return nearest(lambda share: shrink(model, share), key, compressed[key])
+    lego.convert_(model, plan, seed)
+    if row.start == "calibrated":
+        calibrate: Any = getattr(lego, "calibrate_", None)
+        if calibrate is None:
+            sys.exit("this version has no calibration; take the rows called clustered")
+        recipe = lego.load_recipe("fashion-mnist", ["data.holdout=0"])
+        train, _ = lego.open_training(model, recipe, data_dir)
+        transform = lego.data.preprocessing(model)[0]  # type: ignore[attr-defined]
+        chosen = torch.randperm(55_000, generator=torch.Generator().manual_seed(seed))[:2048]
+        dataset: Any = train.dataset
+        images = torch.stack([transform(dataset[int(i)][0]) for i in chosen])
+        calibrate(model, dense(), images)
+    return model
+
+
+def cost(model: nn.Module, key: str) -> float:
+    """Ideal bits, or MACs of one image."""
+    if key == "bits":
+        return 32.0 * sum(p.numel() for p in model.parameters())
+    calls, _, _ = probe(model, torch.zeros(1, 1, 56, 56))
+    return float(sum(c.pixels * layer.weight.numel() for layer, c in calls.items()))  # type: ignore[operator, union-attr]
+
+
+def nearest(make: Callable[[float], nn.Module], key: str, budget: float) -> nn.Module:
+    """The network of the largest share that keeps the budget."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        share = (low + high) / 2
+        low, high = (share, high) if cost(make(share), key) <= budget else (low, share)
+    return make(low)
+
+
+def factorised(model: nn.Module, share: float) -> nn.Module:
+    """Every conv that conversion takes as two, of a share of its rank, by truncated SVD."""
+    model = copy.deepcopy(model)
+    for name in lego.plan(model, lego.LegoSpec()).layers:
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        u, s, v = torch.linalg.svd(conv.weight.detach().flatten(1), full_matrices=False)
+        rank = max(1, round(share * len(s)))
+        size: Any = conv.kernel_size
+        geometry: Any = (conv.stride, conv.padding)
+        narrow = nn.Conv2d(conv.in_channels, rank, size, *geometry, bias=False)
+        wide = nn.Conv2d(rank, conv.out_channels, 1, bias=False)
+        root = s[:rank].sqrt()
+        with torch.no_grad():
+            narrow.weight.copy_((root[:, None] * v[:rank]).reshape(narrow.weight.shape))
+            wide.weight.copy_((u[:, :rank] * root)[:, :, None, None])
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Sequential(narrow, wide))
+    return model
+
+
+def pruned(model: nn.Module, share: float) -> nn.Module:
+    """A share of the channels inside every block, those of largest filters (Li et al., 2017).
+
+    Where that cannot reach the budget, since what leaves a block must keep its shape, every block
+    keeps one channel.
+    """
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if type(block).__name__ != "BasicBlock":
+            continue
+        part: Any = block
+        keep = max(1, round(share * part.conv1.out_channels))
+        best = part.conv1.weight.detach().abs().sum((1, 2, 3)).topk(keep).indices.sort().values
+        norm = part.bn1
+        for tensor_name in ("weight", "bias"):
+            value: Tensor = getattr(norm, tensor_name).detach()[best]
+            setattr(norm, tensor_name, nn.Parameter(value))
+        norm.running_mean, norm.running_var = norm.running_mean[best], norm.running_var[best]
+        norm.num_features = part.conv1.out_channels = part.conv2.in_channels = keep
+        part.conv1.weight = nn.Parameter(part.conv1.weight.detach()[best])
+        part.conv2.weight = nn.Parameter(part.conv2.weight.detach()[:, best])
+    return model
+
+
+def run(name: str, seed: int, args: argparse.Namespace) -> None:
+    """Train one row with one seed, and note what it gave."""
+    row = ROWS[name]
+    label = f"{name.replace(' ', '-').replace(',', '').replace('=', '')}-s{seed}"
+    note = args.out / f"{label}.json"
+    if note.exists():
+        return
+    changes = [*row.changes, f"seed={seed}", *args.set]
+    recipe = lego.load_recipe("fashion-mnist", changes)
+    model = start_of(row, args.data_dir, seed)
+    train, validation = lego.open_training(model, recipe, args.data_dir)
+    if args.images is not None:
+        chosen = range(min(args.images, train.size))
+        train = replace(train, dataset=Subset(train.dataset, chosen), size=len(chosen))
+    tests = lego.open_training(model, lego.load_recipe("fashion-mnist", ["data.holdout=0"]),
+                               args.data_dir)[1]  # fmt: skip
+    before = lego.evaluate(model, tests.batches(250)).top1
+    started, epochs = time.perf_counter(), []
+
+    def on_epoch(epoch: Epoch) -> None:
+        epochs.append({"top1": epoch.top1, "loss": epoch.progress.loss,
+                       "changed": epoch.progress.changed})  # fmt: skip
+        print(f"{label}: epoch {epoch.progress.epoch} loss {epoch.progress.loss:.4f} "
+              f"validation {epoch.top1:.2f} % changed {epoch.progress.changed} "
+              f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+
+    if row.trains:
+        is_lego = isinstance(getattr(model, "lego_record", None), Record)
+        out = args.out / label if is_lego else None
+        finetune_(model, recipe, train, validation, dense(), out, resume=True, on_epoch=on_epoch)
+    after = lego.evaluate(model, tests.batches(250)).top1
+    found = measure(model).totals()
+    result = {"row": name, "seed": seed, "before": before, "after": after, "epochs": epochs,
+              "changes": args.set, "images": train.size, "bytes": found["bits"] / 8,
+              "macs": found["macs"]}  # fmt: skip
+    note.write_text(json.dumps(result) + "\n")
+
+
+def print_table(out: Path) -> None:
+    """Every row that has been run: mean over its seeds."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    of_dense = [r["after"] for r in results if r["row"] == "dense"]
+    budgets = sorted({r["images"] for r in results if ROWS[r["row"]].trains})
+    print(f"Three epochs on {', '.join(f'{n:,}' for n in budgets)} images\n")
+    print("| row | ideal size | MACs | test top-1 before | after | below dense | seeds |")
+    print("|---|---|---|---|---|---|---|")
+    for name in ROWS:
+        runs = [r for r in results if r["row"] == name]
+        if not runs:
+            continue
+        before, after = (statistics.fmean(r[key] for r in runs) for key in ("before", "after"))
+        spread = f" ± {statistics.stdev(r['after'] for r in runs):.2f}" if len(runs) > 1 else ""
+        below = f"{of_dense[0] - after:.2f}" if of_dense else "?"
+        print(f"| {name} | {runs[0]['bytes'] / 1e3:.0f} kB | {runs[0]['macs'] / 1e6:.2f}M "
+              f"| {before:.2f} | {after:.2f}{spread} | {below} | {len(runs)} |")  # fmt: skip
+
+
+def step_cost(args: argparse.Namespace) -> None:
+    """A training step of the shipped network over the dense one's, in turns in one process."""
+    print("| unit | indices | step over the dense step, median | quartiles |\n|---|---|---|---|")
+    x = torch.randn(args.batch, 1, 56, 56)
+    for unit in ({**FOUR, "k": 1}, {**SIXTEEN, "k": 1}, {**SIXTEEN, "k": 4}):
+        frozen = lego.convert_(dense(), lego.plan(dense(), lego.LegoSpec(**unit)))
+        networks = {"dense": dense(), "frozen": frozen,
+                    "trained": lego.train_indices_(copy.deepcopy(frozen))}  # fmt: skip
+        optimizers = {
+            form: torch.optim.SGD(network.train().parameters(), 1e-4, momentum=0.9)
+            for form, network in networks.items()
+        }
+        times: dict[str, list[float]] = {form: [] for form in networks}
+        for _ in range(args.step_cost + 1):
+            for form, network in networks.items():
+                started = time.perf_counter()
+                optimizers[form].zero_grad()
+                torch.autograd.backward(network(x).square().mean())
+                if form == "trained":
+                    add_anchor_(network, 0.1)
+                optimizers[form].step()
+                times[form].append(time.perf_counter() - started)
+        told = " ".join(f"{key}={value}" for key, value in unit.items())
+        for form in ("frozen", "trained"):
+            pairs = zip(times[form][1:], times["dense"][1:], strict=True)
+            low, middle, high = statistics.quantiles([ours / its for ours, its in pairs], n=4)
+            print(f"| {told} | {form} | {middle:.2f} | {low:.2f} to {high:.2f} |", flush=True)
+    print(f"\n{args.step_cost} steps of {args.batch} images, {args.threads} thread(s), fp32, CPU")
+
+
+def least_squares() -> None:
+    """A trained layer's filters as target: what learning the index adds, and an anchor."""
+    weight = dense().get_submodule("layer3.0.conv2").weight
+    assert isinstance(weight, Tensor)
+    target = weight.detach()
+    print("| unit | wrong slots | frozen | N free | anchor 0.3 | anchor 1 | anchor 3 |")
+    print("|---|---|---|---|---|---|---|")
+    for unit in ({**FOUR, "k": 1}, {**SIXTEEN, "k": 4}):
+        for wrong in (0.0, 0.3):
+            cells = []
+            for anchor in (None, 0.0, 0.3, 1.0, 3.0):
+                torch.manual_seed(0)
+                conv = nn.Conv2d(64, 64, 3, bias=False)
+                conv.weight = nn.Parameter(target.clone())
+                spec = lego.LegoSpec(**unit, only=("",))
+                model = lego.convert_(conv, lego.plan(conv, spec))
+                (_, module), *_ = lego.lego_modules(model)
+                o, n, k = module.index.shape
+                drawn = torch.rand(o, n, module.lego_shape.n_lego).argsort(2)[:, :, :k]
+                chosen = torch.rand(o, n) < wrong
+                module.index[chosen] = drawn[chosen]
+                if anchor is not None:
+                    lego.train_indices_(model)
+                optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+                for step in range(200):
+                    optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+                    optimizer.zero_grad()
+                    torch.autograd.backward(0.5 * (module.weight - target).square().sum())
+                    add_anchor_(model, anchor or 0.0)
+                    optimizer.step()
+                lego.freeze_indices_(model)
+                error = (module.weight.detach() - target).norm() / target.norm()
+                cells.append(f"{error:.3f}")
+            told = " ".join(f"{key}={value}" for key, value in unit.items())
+            print(f"| {told} | {wrong:.0%} | {' | '.join(cells)} |", flush=True)
+
+
+def transfer(args: argparse.Namespace) -> None:
+    """squeezenet1_1 to the classes of emoji64: dense, compressed before and compressed after."""
+    pixels = {"mean": (123.68 / 255, 116.779 / 255, 103.939 / 255), "std": (1 / 255,) * 3,
+              "input_size": (64, 64), "crop_pct": 1.0}  # fmt: skip
+    recipe = lego.load_recipe("finetune-small-data", ["data.holdout=0", *args.set])
+
+    def fresh() -> nn.Module:
+        return lego.create("torchvision/squeezenet1_1", weights=args.weights, preprocess=pixels)
+
+    def tune(model: nn.Module, label: str) -> nn.Module:
+        train, tests = lego.open_training(model, recipe, str(args.transfer))
+        finetune_(model, recipe, train, tests)
+        top1 = lego.evaluate(model, tests.batches(64)).top1
+        size = measure(model).totals()["bits"] / 8e6
+        print(f"| {label} | {size:.2f} MB | {top1:.2f} |", flush=True)
+        return model
+
+    def convert(model: nn.Module) -> nn.Module:
+        return lego.convert_(model, lego.plan(model, lego.LegoSpec(m=0.5, o=2, k=args.k)))
+
+    print("| network | ideal size | test top-1 |\n|---|---|---|")
+    learned = tune(lego.reset_classifier_(fresh(), 9), "dense")
+    tune(lego.reset_classifier_(convert(fresh()), 9), "compressed, then transferred")
+    convert(learned)
+    tests = lego.open_training(learned, recipe, str(args.transfer))[1]
+    clustered = lego.evaluate(learned, tests.batches(64)).top1
+    print(f"| transferred, then compressed, not trained on | | {clustered:.2f} |")
+    tune(learned, "transferred, then compressed, trained on")
+
+
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data-dir", help="folder of Fashion-MNIST's four idx.gz files")
+    parser.add_argument("--out", type=Path, help="folder of results, a file a row and seed")
+    parser.add_argument("--rows", nargs="*", default=[], choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe")
+    parser.add_argument("--images", type=int, help="train on the first N images only")
+    parser.add_argument("--table", action="store_true", help="print what --out holds")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--step-cost", type=int, metavar="N", help="time N steps of each form")
+    parser.add_argument("--least-squares", action="store_true", help="fit one layer's filters")
+    parser.add_argument("--batch", type=int, default=128, help="images of a timed step")
+    parser.add_argument("--transfer", type=Path, help="emoji64.npz")
+    parser.add_argument("--weights", type=Path, help="squeezenet1_1's ImageNet weights")
+    parser.add_argument("--k", type=int, default=4, help="terms a slot in the transfer run")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.list:
+        print("\n".join(ROWS))
+    if args.least_squares:
+        least_squares()
+    if args.step_cost:
+        step_cost(args)
+    if args.transfer:
+        transfer(args)
+    if args.rows:
+        args.out.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        for name in args.rows:
+            run(name, seed, args)
+    if args.table:
+        print_table(args.out)
+
+
+if __name__ == "__main__":
+    main()

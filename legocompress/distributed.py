@@ -1,0 +1,77 @@
+"""Several processes that train one network: who takes part, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from legocompress.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that `torchrun` started; one alone without it."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        device = torch.device("cuda", self.local_rank) if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def from_environment() -> Processes:
+    """What `torchrun` says in the environment."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, size, local = (
+        int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True)
+    )
+    return Processes(rank, size, local)
+
+
+def restarted() -> bool:
+    """Whether `torchrun` has started the processes again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def joined(processes: Processes, device: torch.device) -> Iterator[None]:
+    """Join the process group that `torchrun` describes (NCCL for GPUs, else gloo), then leave it.
+
+    Raises:
+        TrainingError: the others cannot be reached.
+    """
+    if processes.size == 1:
+        yield
+        return
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the {processes.size} processes cannot be joined: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Shipped fine-tuning recipes, one YAML file each."""
