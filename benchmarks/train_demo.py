@@ -104,11 +104,12 @@ def timm_inputs(model: nn.Module, images: Bytes) -> Tensor:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip and shift each image of a (N, SIZE, SIZE) byte batch by its own draw; zeros move in."""
-    n = len(pixels)
-    padded = F.pad(pixels, (MAX_SHIFT,) * 4)
-    offsets = torch.randint(0, 2 * MAX_SHIFT + 1, (2, n, 1), generator=generator)
-    rows, columns = torch.arange(SIZE) + offsets
+    """Flip and shift each image of a (N, side, side) byte batch by its own draw; zeros move in."""
+    n, side = pixels.shape[:2]
+    shift = MAX_SHIFT * side // SIZE
+    padded = F.pad(pixels, (shift,) * 4)
+    offsets = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
+    rows, columns = torch.arange(side) + offsets
     flip = torch.rand(n, 1, generator=generator) < 0.5
     columns = torch.where(flip, columns.flip(1), columns)
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -69,6 +69,7 @@ def tune_(
     epochs: int,
     seed: int,
     on_batch: Callable[[int, int], None] | None = None,
+    rate: float = RATE,
 ) -> None:
     """Tune values of all layers together, towards the original's maps.
 
@@ -85,11 +86,12 @@ def tune_(
         epochs: passes over the images.
         seed: of the order of the batches.
         on_batch: called with batches done and in all.
+        rate: the highest learning rate.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     n_steps = epochs * len(batches)
-    optimiser = torch.optim.Adam(values, RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, n_steps, pct_start=WARM_UP)
+    optimiser = torch.optim.Adam(values, rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, n_steps, pct_start=WARM_UP)
     generator = torch.Generator().manual_seed(seed)
     order = [n for _ in range(epochs) for n in torch.randperm(len(batches), generator=generator)]
     try:
