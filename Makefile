@@ -1,8 +1,8 @@
 # make demo: install into .venv and run the demonstration. make test: the whole check.
 PYTHON ?= python3
 BIN := .venv/bin
-# Arguments for pytest, such as make test PYTEST="-k conv".
-PYTEST ?=
+# Arguments for pytest, such as make test PYTEST="-n 2 -k conv".
+PYTEST ?= -n 2
 
 .PHONY: demo test
 
