@@ -5,7 +5,9 @@ No label is read. Either step stays only where images that it did not use say th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +93,7 @@ def tune_(
     flags = [(p, p.requires_grad) for p in model.parameters()]
     n_steps = epochs * len(batches)
     optimiser = torch.optim.Adam(values, rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, n_steps, pct_start=WARM_UP)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_one_cycle, n_steps))
     generator = torch.Generator().manual_seed(seed)
     order = [n for _ in range(epochs) for n in torch.randperm(len(batches), generator=generator)]
     try:
@@ -118,6 +120,12 @@ def tune_(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+def _one_cycle(n_steps: int, step: int) -> float:
+    """The share of the rate at a step: a linear start, then half a cosine down to nothing."""
+    rise = min(1.0, (step + 1) / max(1.0, WARM_UP * n_steps))
+    return rise * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
 def _flipped(images: Tensor, generator: torch.Generator) -> Tensor:

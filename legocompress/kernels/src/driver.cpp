@@ -67,10 +67,12 @@ class Buffer {
 };
 thread_local Buffer t_scratch, t_z;
 
-int64_t env_number(const char* name, int64_t usual) {
-  const char* text = std::getenv(name);
-  return text && *text ? std::atoll(text) : usual;
-}
+// Sizes of a tile, found by timing on AVX2: its Z in floats, its pixels, the depth of one packed
+// panel, and the Winograd patches that are transformed together.
+constexpr int64_t kTileFloats = 48 * 1024;
+constexpr int64_t kTilePixels = 400;
+constexpr int64_t kDepth = 384;
+constexpr int64_t kPatches = 128;
 
 enum Status : int64_t {
   kDone = 0,
@@ -293,14 +295,10 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   v.dilation_h = c->dilation_h, v.dilation_w = c->dilation_w;
   v.channels_last = c->channels_last != 0;
   v.activation = static_cast<Activation>(c->activation);
-  static const int64_t tile_floats = env_number("LEGO_TILE_FLOATS", 48 * 1024);
-  static const int64_t tile_pixels = env_number("LEGO_TILE", 400);
-  static const int64_t depth = env_number("LEGO_DEPTH", 384);
-  v.tile_floats = tile_floats;
-  v.tile_pixels_most = tile_pixels;
-  v.depth = depth;
-  static const int64_t patches = env_number("LEGO_PATCHES", 128);
-  v.patches = patches;
+  v.tile_floats = kTileFloats;
+  v.tile_pixels_most = kTilePixels;
+  v.depth = kDepth;
+  v.patches = kPatches;
   const int threads = static_cast<int>(c->threads);
   k->plan(v, threads);
   return run(v, *k, threads);
