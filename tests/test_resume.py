@@ -70,7 +70,7 @@ ADAM = {"optimizer": {"name": "adamw", "lr": 0.003}, "stages": [{"epochs": 1}]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "workers"), [(FULL, 0), (ADAM, 2)], ids=["full", "workers"])
+@pytest.mark.parametrize(("changes", "workers"), [(FULL, 0), (ADAM, 0)], ids=["full", "adamw"])
 def test_a_run_killed_at_random_ends_the_same(
     changes: dict[str, object], workers: int, tmp_path: Path
 ) -> None:
