@@ -17,7 +17,7 @@ import os, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import legocompress as lego
-from legocompress.finetune import finetune_
+from legocompress.finetune.loop import finetune_
 from tests.tiny import compressed, dense, recipe
 
 model, teacher = compressed(k=2), dense()
@@ -70,7 +70,7 @@ ADAM = {"optimizer": {"name": "adamw", "lr": 0.003}, "stages": [{"epochs": 1}]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "workers"), [(FULL, 0), (ADAM, 0)], ids=["full", "adamw"])
+@pytest.mark.parametrize(("changes", "workers"), [(FULL, 0), (ADAM, 2)], ids=["full", "workers"])
 def test_a_run_killed_at_random_ends_the_same(
     changes: dict[str, object], workers: int, tmp_path: Path
 ) -> None:
