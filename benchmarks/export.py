@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.errors import ExportError
+from legocompress.export.program import differences, example_images
 from legocompress.models import build, source_of
-from legocompress.program import differences, example_images
 
 REAL = {
     "squeezenet1_1": ("torchvision/squeezenet1_1", {}),

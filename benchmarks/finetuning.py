@@ -27,9 +27,9 @@ from torch.utils.data import Subset
 
 import legocompress as lego
 from legocompress.convert import Record
-from legocompress.finetune import Epoch, finetune_
+from legocompress.finetune.loop import Epoch, finetune_
+from legocompress.finetune.optimize import add_anchor_
 from legocompress.measure import measure
-from legocompress.optimize import add_anchor_
 from legocompress.probe import probe
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"

@@ -7,9 +7,9 @@ Each call measures the cells that are asked for (network, batch, threads, settin
 the results file, one after the other, each in interleaved runs in this process; a second call goes
 on where the first ended. Networks are torchvision's at 224, with random weights: time does not
 depend on the values, but which Lego filters are used does, so the filters are clustered as ever
-and kept in --cache. Beside the dense forms of `legocompress.rivals` run the merges that a Lego
-network could do without a kernel, all with norms folded and activations fused in the same way: the
-dense 1x1 conv of the paper's code, index_select, and embedding_bag.
+and kept in --cache. Beside the dense forms of `legocompress.benchmark.rivals` run the merges that a
+Lego network could do without a kernel, all with norms folded and activations fused in the same way:
+the dense 1x1 conv of the paper's code, index_select, and embedding_bag.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress import rivals
-from legocompress.graph import trace
-from legocompress.rivals import AGAINST, Form
-from legocompress.site import ConvSite
+from legocompress.benchmark import rivals
+from legocompress.benchmark.rivals import AGAINST, Form
+from legocompress.deploy.graph import trace
+from legocompress.deploy.site import ConvSite
 
 NETWORKS = ("resnet50", "vgg16_bn")
 SETTINGS = {"m0.5-o2": (0.5, 2, 1), "m0.25-o4": (0.25, 4, 1),

@@ -17,14 +17,14 @@ from timm.utils import reparameterize_model
 
 import legocompress as lego
 from legocompress.checkpoint import CONFIG
-from legocompress.distributed import Processes, from_environment, joined, restarted
 from legocompress.errors import UsageError
-from legocompress.finetune import Epoch, finetune_, noted_original
+from legocompress.finetune.distributed import Processes, from_environment, joined, restarted
+from legocompress.finetune.loop import Epoch, finetune_, noted_original
+from legocompress.finetune.recipe import Recipe, load_recipe, shipped_recipes
+from legocompress.finetune.trainer import Progress as Step
+from legocompress.finetune.training_data import open_training
 from legocompress.head import reset_classifier_
 from legocompress.models import source_of
-from legocompress.recipe import Recipe, load_recipe, shipped_recipes
-from legocompress.trainer import Progress as Step
-from legocompress.training_data import open_training
 
 from . import render
 from .options import force_option, json_option, original_of, original_options, read_device

@@ -13,12 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from legocompress.benchmark import BenchmarkRun
+from legocompress.benchmark.compare import BenchmarkRun
 from legocompress.calibrate import Calibration
 from legocompress.evaluate import Evaluation
+from legocompress.finetune.recipe import Recipe
 from legocompress.measure import LayerReport, Report
 from legocompress.plan import LayerPlan, Plan
-from legocompress.recipe import Recipe
 
 
 def print_json(value: Any) -> None:

@@ -18,18 +18,21 @@ from legocompress.data import open_images
 from legocompress.deploy import Deployment, deploy_, undeploy_
 from legocompress.errors import LegoError
 from legocompress.evaluate import Evaluation, evaluate
-from legocompress.export import export_dense, export_timm, to_dense
-from legocompress.finetune import finetune_
+from legocompress.export import (
+    Exported,
+    export_dense,
+    export_onnx,
+    export_program,
+    export_timm,
+    to_dense,
+)
+from legocompress.finetune import Recipe, finetune_, load_recipe, open_training
 from legocompress.head import reset_classifier_
 from legocompress.measure import Report, measure
 from legocompress.models import Source, create
-from legocompress.onnx_file import export_onnx
 from legocompress.plan import Plan, plan
-from legocompress.program import Exported, export_program
 from legocompress.push import push
-from legocompress.recipe import Recipe, load_recipe
 from legocompress.spec import LegoSpec, Rule
-from legocompress.training_data import open_training
 
 __version__ = version("legocompress")
 

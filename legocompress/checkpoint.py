@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from legocompress.bounds import building_at_most, check_arguments, check_input_size
 from legocompress.calibrate.record import Calibration
-from legocompress.choices import Choices
 from legocompress.codec import encode, own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record, dequantized
+from legocompress.deploy.choices import Choices
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, SpecError, UsageError
 from legocompress.files import check_free, write_tensors, writing
 from legocompress.hub import is_hub_name, local_folder

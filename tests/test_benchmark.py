@@ -11,10 +11,10 @@ import torch
 
 import legocompress as lego
 from benchmarks import speed
-from legocompress import rivals as forms
+from legocompress.benchmark import rivals as forms
+from legocompress.benchmark.memory import peak_bytes
+from legocompress.deploy.timing import fastest, interleaved
 from legocompress.errors import UsageError
-from legocompress.memory import peak_bytes
-from legocompress.timing import fastest, interleaved
 
 SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 IMAGE = torch.zeros(1, 3, 32, 32)

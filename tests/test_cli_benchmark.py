@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from legocompress_cli.benchmark import benchmark
 
 import legocompress as lego
-from legocompress import rivals
+from legocompress.benchmark import rivals
 from legocompress.errors import CheckpointError, UsageError
 
 

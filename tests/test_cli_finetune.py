@@ -15,7 +15,7 @@ from legocompress_cli.main import main
 
 import legocompress as lego
 from legocompress.errors import UsageError
-from legocompress.recipe import shipped_recipes
+from legocompress.finetune.recipe import shipped_recipes
 from tests.tiny import compressed, dense, recipe, write_images
 
 Run = Callable[..., tuple[int, str, str]]

@@ -18,10 +18,10 @@ from torchvision.ops import FrozenBatchNorm2d
 import legocompress as lego
 from benchmarks.coverage import randomise_, source, tensors
 from legocompress import kernels
-from legocompress.choices import POOL_ROUTES
+from legocompress.deploy.choices import POOL_ROUTES
+from legocompress.deploy.site import PoolSite
 from legocompress.errors import CheckpointError, DeployError, UsageError
 from legocompress.models import build
-from legocompress.site import PoolSite
 
 SPEC = lego.LegoSpec(m=0.5, o=2, allow_expansion=True)
 

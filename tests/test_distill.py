@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from legocompress.distill import Criterion, captured, kl, matched_layers, relative_square
 from legocompress.errors import DataError, UsageError
-from legocompress.recipe import Distill
+from legocompress.finetune.distill import Criterion, captured, kl, matched_layers, relative_square
+from legocompress.finetune.recipe import Distill
 from tests.tiny import compressed, dense, recipe
 
 

@@ -16,8 +16,8 @@ import torch
 
 import legocompress as lego
 from legocompress.conv import lego_modules
-from legocompress.distributed import Processes, from_environment, restarted
-from legocompress.finetune import finetune_
+from legocompress.finetune.distributed import Processes, from_environment, restarted
+from legocompress.finetune.loop import finetune_
 from tests.tiny import compressed, recipe, write_images
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +28,8 @@ import torch
 torch.set_num_threads(1)
 import legocompress as lego
 from legocompress.conv import lego_modules
-from legocompress.distributed import from_environment, joined
-from legocompress.finetune import finetune_
+from legocompress.finetune.distributed import from_environment, joined
+from legocompress.finetune.loop import finetune_
 from tests.tiny import compressed, recipe
 
 place, changes = sys.argv[1], eval(sys.argv[2])

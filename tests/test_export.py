@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.errors import ExportError, OutputExistsError
-from legocompress.export import dense_state
+from legocompress.export.dense import dense_state
 
 SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 

@@ -27,8 +27,8 @@ from legocompress.errors import (
     TrainingError,
     UsageError,
 )
-from legocompress.finetune import Epoch, finetune_, noted_original
-from legocompress.trainer import Progress, Trainer
+from legocompress.finetune.loop import Epoch, finetune_, noted_original
+from legocompress.finetune.trainer import Progress, Trainer
 from tests.tiny import compressed, dense, recipe, write_images
 
 FROZEN = [{"epochs": 1, "indices": "frozen"}]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress import onnx_file
 from legocompress.errors import ExportError, OutputExistsError, UsageError
+from legocompress.export import onnx_file
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

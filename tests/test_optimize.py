@@ -11,7 +11,7 @@ from torch import nn
 
 import legocompress as lego
 from legocompress.errors import UsageError
-from legocompress.optimize import (
+from legocompress.finetune.optimize import (
     KINDS,
     add_anchor_,
     add_balance_,
@@ -22,8 +22,8 @@ from legocompress.optimize import (
     make_schedule,
     set_rates_,
 )
+from legocompress.finetune.recipe import Optimizer, Rates
 from legocompress.proxy import balance_gradient
-from legocompress.recipe import Optimizer, Rates
 from tests.tiny import compressed, recipe
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.errors import ExportError, OutputExistsError, UsageError
-from legocompress.program import (
+from legocompress.export.program import (
     StoredUnit,
     check_agrees,
     differences,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from legocompress.errors import RecipeError
-from legocompress.recipe import Recipe, Stage, load_recipe, shipped_recipes
+from legocompress.finetune.recipe import Recipe, Stage, load_recipe, shipped_recipes
 from tests.tiny import recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"

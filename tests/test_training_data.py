@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.data import _Named
 from legocompress.errors import DataError, UsageError
-from legocompress.seeding import randomness_kept, seed_all, seed_of
-from legocompress.training_data import TrainingLoader, open_training, training_transform
+from legocompress.finetune.seeding import randomness_kept, seed_all, seed_of
+from legocompress.finetune.training_data import TrainingLoader, open_training, training_transform
 from tests.tiny import dense, recipe, write_images
 
 PLAIN = {"crop": "none", "hflip": 0}

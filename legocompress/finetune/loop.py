@@ -14,14 +14,14 @@ from torch.utils.data import IterableDataset, Subset
 from legocompress.conv import freeze_indices_
 from legocompress.convert import Record
 from legocompress.data import Images
-from legocompress.distributed import Processes
 from legocompress.errors import UsageError
 from legocompress.evaluate import evaluate
+from legocompress.finetune.distributed import Processes
+from legocompress.finetune.recipe import Recipe
+from legocompress.finetune.run_folder import BEST, LAST, RunFolder
+from legocompress.finetune.seeding import randomness_kept
+from legocompress.finetune.trainer import Progress, Trainer
 from legocompress.models import create, source_of
-from legocompress.recipe import Recipe
-from legocompress.run_folder import BEST, LAST, RunFolder
-from legocompress.seeding import randomness_kept
-from legocompress.trainer import Progress, Trainer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import FrozenBatchNorm2d
 
+from legocompress.deploy.site import Activation, ConvSite, PoolSite, is_foldable, is_hooked, is_site
 from legocompress.errors import DeployError
-from legocompress.site import Activation, ConvSite, PoolSite, is_foldable, is_hooked, is_site
 
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, FrozenBatchNorm2d)
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)

@@ -17,8 +17,8 @@ from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resiz
 
 from legocompress.data import Arrays, Images, Loader, open_images, preprocessing
 from legocompress.errors import DataError, UsageError
-from legocompress.recipe import Augment, Data, Recipe
-from legocompress.seeding import randomness_kept, seed_all, seed_of
+from legocompress.finetune.recipe import Augment, Data, Recipe
+from legocompress.finetune.seeding import randomness_kept, seed_all, seed_of
 
 IDX = {"train": "train", "validation": "t10k"}
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "val", "valid")}

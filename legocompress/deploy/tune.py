@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from legocompress.choices import (
+from legocompress.deploy.choices import (
     DENSE_ROUTES,
     POOL_ROUTES,
     Choices,
@@ -18,9 +18,9 @@ from legocompress.choices import (
     Format,
     SiteRoute,
 )
-from legocompress.graph import Graph
-from legocompress.site import LAYOUT, ConvSite, PoolSite
-from legocompress.timing import fastest, interleaved
+from legocompress.deploy.graph import Graph
+from legocompress.deploy.site import LAYOUT, ConvSite, PoolSite
+from legocompress.deploy.timing import fastest, interleaved
 
 TOLERANCE = 1e-4
 Routes = dict[str, SiteRoute]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from legocompress.errors import TrainingError
-from legocompress.recipe import Recipe
+from legocompress.finetune.recipe import Recipe
 
 
 def diverged(what: str, recipe: Recipe, epoch: int) -> TrainingError:

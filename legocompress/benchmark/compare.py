@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.choices import DENSE_ROUTES
-from legocompress.deploy import Deployment, deploy_, undeploy_
+from legocompress.benchmark.memory import peak_bytes
+from legocompress.benchmark.rivals import AGAINST, Against, Form, rivals
+from legocompress.deploy.choices import DENSE_ROUTES
+from legocompress.deploy.network import Deployment, deploy_, undeploy_
+from legocompress.deploy.timing import interleaved
 from legocompress.errors import UsageError
-from legocompress.export import to_dense
+from legocompress.export.dense import to_dense
 from legocompress.measure import LayerReport, measure
-from legocompress.memory import peak_bytes
 from legocompress.models import source_of
 from legocompress.probe import default_input
-from legocompress.rivals import AGAINST, Against, Form, rivals
-from legocompress.timing import interleaved
 
 LEGO = "lego"
 
@@ -109,7 +109,7 @@ def benchmark(
         model: a converted network on the CPU; it is deployed for the batch and threads.
         batch: images a run.
         threads: of the CPU; by default those that torch has now. Torch gets its own number back.
-        against: groups of rivals, see `legocompress.rivals`.
+        against: groups of rivals, see `legocompress.benchmark.rivals`.
         rounds: timed runs of each form.
         seconds: no further round starts once the timing has taken this much.
         image: one image (1, c, H, W) for the size; by default as the configuration names it.

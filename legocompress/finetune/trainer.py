@@ -21,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from legocompress.conv import freeze_, freeze_indices_, lego_modules, train_indices_
 from legocompress.convert import round_
 from legocompress.data import Images
-from legocompress.distill import Criterion, check_labels
-from legocompress.distributed import Processes
 from legocompress.errors import UsageError
-from legocompress.failures import check_finite, diverged, explained
-from legocompress.optimize import (
+from legocompress.finetune.distill import Criterion, check_labels
+from legocompress.finetune.distributed import Processes
+from legocompress.finetune.failures import check_finite, diverged, explained
+from legocompress.finetune.optimize import (
     add_anchor_,
     add_balance_,
     clipped_parameters,
@@ -34,10 +34,10 @@ from legocompress.optimize import (
     make_schedule,
     set_rates_,
 )
+from legocompress.finetune.recipe import Recipe
+from legocompress.finetune.seeding import seed_all, seed_of
+from legocompress.finetune.training_data import TrainingLoader
 from legocompress.probe import evaluating
-from legocompress.recipe import Recipe
-from legocompress.seeding import seed_all, seed_of
-from legocompress.training_data import TrainingLoader
 
 CHECK_EVERY = 10  # updates between looks at the loss, which make a GPU wait
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

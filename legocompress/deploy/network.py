@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from legocompress.choices import Choices, ConvRoute, Format, this_machine
 from legocompress.conv import Replacement, lego_modules
+from legocompress.deploy.choices import Choices, ConvRoute, Format, this_machine
+from legocompress.deploy.graph import Graph, trace
+from legocompress.deploy.site import is_site
+from legocompress.deploy.tune import Routes, TunedGraph, given, in_layout, measured, misfit
 from legocompress.errors import DeployError, UsageError
-from legocompress.graph import Graph, trace
 from legocompress.probe import default_input, evaluating
-from legocompress.site import is_site
-from legocompress.tune import Routes, TunedGraph, given, in_layout, measured, misfit
 
 MAX_HINTS = 16
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from legocompress.conv import lego_modules
 from legocompress.errors import UsageError
+from legocompress.finetune.recipe import Optimizer, Rates, Recipe
 from legocompress.proxy import balance_gradient, start_proxy
-from legocompress.recipe import Optimizer, Rates, Recipe
 
 Kind = Literal["filters", "proxies", "coefficients", "norms", "rest"]
 KINDS: tuple[Kind, ...] = ("filters", "proxies", "coefficients", "norms", "rest")

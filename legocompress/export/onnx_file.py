@@ -16,8 +16,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from legocompress.errors import ExportError, UsageError
-from legocompress.files import check_free, writing
-from legocompress.program import (
+from legocompress.export.program import (
     Exported,
     Form,
     StoredUnit,
@@ -30,6 +29,7 @@ from legocompress.program import (
     trace,
     within,
 )
+from legocompress.files import check_free, writing
 
 OPSET = 18
 MAX_BYTES = 2**31 - 2**20  # what one protobuf file can hold

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from legocompress.data import UNLABELLED
 from legocompress.errors import DataError, UsageError
-from legocompress.recipe import Distill, Recipe
+from legocompress.finetune.recipe import Distill, Recipe
 
 
 class Criterion:

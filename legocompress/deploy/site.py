@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from legocompress import kernels
-from legocompress.choices import ConvRoute, Format, PoolRoute
 from legocompress.conv import LegoModule, replaced_class
+from legocompress.deploy.choices import ConvRoute, Format, PoolRoute
 from legocompress.spec import UnitShape
 from legocompress.unit import assemble, merge_by_table, slot_table, split_transform_merge
 
