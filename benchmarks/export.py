@@ -56,6 +56,7 @@ RANDOM = (
     "torchvision/shufflenet_v2_x1_0",
 )
 ONNX_FORMS: tuple[Any, ...] = ("lego", "assemble-at-load", "dense")
+PT2_FORMS: tuple[Any, ...] = ("lego", "dense", "fused")
 DTYPES = ("fp32", "fp16", "int8")
 
 
@@ -124,9 +125,12 @@ def check(name: str, weights: Path | None, out: Path, dtype: str) -> dict[str, A
         found = lego.export_onnx(model, place / f"{form}.onnx", form, example_input=image)
         row["bytes"][f"onnx {form}"] = found.bytes
         row["difference"][f"onnx {form}"] = found.relative_difference
-    pt2_forms: tuple[Any, ...] = ("lego", "dense")
-    for form in pt2_forms:
-        found = lego.export_program(model, place / f"{form}.pt2", form, example_input=image)
+    for form in PT2_FORMS:
+        try:
+            found = lego.export_program(model, place / f"{form}.pt2", form, example_input=image)
+        except ExportError as error:
+            row[f"pt2 {form}"] = str(error)
+            continue
         row["bytes"][f"pt2 {form}"] = found.bytes
         row["difference"][f"pt2 {form}"] = found.relative_difference
         found.path.unlink()
@@ -195,7 +199,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     """The tables of docs/export.md."""
     names = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")
     print(", ".join(f"{name} {version(name)}" for name in names), "\n")
-    columns = ["dense", "timm", *(f"onnx {form}" for form in ONNX_FORMS), "pt2 lego", "pt2 dense"]
+    columns = ["dense", "timm", *(f"onnx {form}" for form in ONNX_FORMS)]
+    columns += [f"pt2 {form}" for form in PT2_FORMS]
     print("| network |", " | ".join(columns), "|\n|---|" + "---|" * len(columns))
     checked = [row for row in rows if "difference" in row]
     for row in (row for row in checked if row["dtype"] == "fp32"):
@@ -206,12 +211,9 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     print("\n| network | filters |", " | ".join(sizes), "|\n|" + "---|" * (2 + len(sizes)))
     for row in checked:
         size = row["bytes"]
-        print(
-            f"| {row['name']} | {row['dtype']} | {size['checkpoint'] / 1e6:.2f} MB "
-            f"| {size['onnx lego'] / 1e6:.2f} MB | {size['onnx lego'] / size['checkpoint']:.3f}x "
-            f"| {size['onnx assemble-at-load'] / 1e6:.2f} MB | {size['onnx dense'] / 1e6:.2f} MB "
-            f"| {size['pt2 lego'] / 1e6:.2f} MB | {size['pt2 dense'] / 1e6:.2f} MB |"
-        )
+        cells = [f"{size[key] / 1e6:.2f} MB" if key in size else "" for key in sizes]
+        cells[2] = f"{size['onnx lego'] / size['checkpoint']:.3f}x"
+        print(f"| {row['name']} | {row['dtype']} |", " | ".join(cells), "|")
     print("\n| network | filters | runtime | assemble-at-load | loads in | lego |\n|" + "---|" * 6)
     for row in (row for row in rows if "ratio" in row):
         cells = [

@@ -24,8 +24,8 @@ ENDINGS = {"dense": "-dense.safetensors", "timm": "-timm", "onnx": ".onnx", "pt2
 )
 @click.option(
     "--form",
-    type=click.Choice(["lego", "assemble-at-load", "dense"]),
-    help="What an onnx or pt2 file holds. [default: lego]",
+    type=click.Choice(["lego", "assemble-at-load", "dense", "fused"]),
+    help="What an onnx (not fused) or pt2 (not assemble-at-load) file holds. [default: lego]",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), help="File or folder. [default: CHECKPOINT...]"

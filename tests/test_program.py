@@ -13,7 +13,8 @@ from timm.layers import ScaledStdConv2d
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.errors import ExportError, OutputExistsError, UsageError
+from legocompress import kernels
+from legocompress.errors import ExportError, KernelError, OutputExistsError, UsageError
 from legocompress.export.program import (
     StoredUnit,
     check_agrees,
@@ -122,6 +123,47 @@ with torch.no_grad():
     assert {unit.route for _, unit in lego.lego_modules(model)} == {"assemble"}
 
 
+@pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
+def test_a_fused_program_calls_the_kernels_and_needs_this_package(
+    tmp_path: Path, elsewhere: Callable[[str], str]
+) -> None:
+    model = timm.create_model("resnet18", num_classes=7, **SMALL).eval()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    image = torch.zeros(1, 3, 32, 32)
+    spec = lego.LegoSpec(m=0.5, o=2, dtype="fp16", allow_expansion=True)
+    lego.convert_(model, lego.plan(model, spec, image))
+    units = [unit for _, unit in lego.lego_modules(model)]
+    for unit in units:  # as training leaves them: not rounded
+        unit.lego_filters.data += 1e-3 * torch.randn_like(unit.lego_filters)
+    found = lego.export_program(model, tmp_path / "x.pt2", "fused", example_input=image)
+    assert "lego_deployment" not in model.__dict__
+    program = torch.export.load(found.path)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called.count("legocompress.lego_conv2d.default") >= len(units) // 2
+    x = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(outputs(program.module(), x), outputs(model, x))
+    with pytest.raises(AssertionError, match="lego_conv2d"):
+        elsewhere(f"import torch; torch.export.load({str(found.path)!r})")
+
+
+def test_a_fused_program_wants_the_kernels_and_one_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, image = mixed(), torch.zeros(1, 3, 12, 12)
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    monkeypatch.setattr(kernels, "why_unavailable", lambda: "no compiler was there")
+    with pytest.raises(KernelError, match="no compiler was there"):
+        lego.export_program(model, tmp_path / "x.pt2", "fused", example_input=image)
+    monkeypatch.undo()
+    counting = Counting().eval()
+    lego.convert_(counting, lego.plan(counting, lego.LegoSpec(allow_expansion=True), image))
+    with pytest.raises(ExportError, match=r"no single graph.*--form lego"):
+        lego.export_program(counting, tmp_path / "x.pt2", "fused", example_input=image)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_lego_form_merges_and_stores_no_dense_weight() -> None:
     model = mixed(dtype="fp16", coefficients=False, linear=False)
     hollow, units = hollow_copy(model, "lego")
@@ -192,7 +234,7 @@ def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
     lego.convert_(model, lego.plan(model, spec, image))
     with pytest.raises(ExportError, match=r"cannot trace.*--to dense"):
         lego.export_program(model, tmp_path / "x.pt2", example_input=image)
-    with pytest.raises(UsageError, match="'lego' and 'dense'"):
+    with pytest.raises(UsageError, match="'lego', 'dense' and 'fused'"):
         lego.export_program(model, tmp_path / "x.pt2", "assemble-at-load", example_input=image)
     (tmp_path / "there").write_text("precious")
     with pytest.raises(OutputExistsError, match="--force"):

@@ -153,6 +153,19 @@ def undeploy_(model: ModelT) -> ModelT:
     return model
 
 
+def deployed_graph(model: nn.Module) -> nn.Module:
+    """What a deployed network runs as a whole, on float tensors (N, c, H, W) in NCHW.
+
+    Raises:
+        DeployError: the network is not deployed, or only some parts of it could be traced.
+    """
+    own = model.__dict__.get("forward")
+    if not isinstance(own, _Deployed) or own.run is None:
+        raise DeployError("no single graph stands for this network: deploy_ could not trace it")
+    graph: nn.Module = own.run.__self__  # type: ignore[attr-defined]
+    return graph
+
+
 class _Deployed(Replacement):
     """The forward of a deployed module: its graph where that holds, else what was there before."""
 

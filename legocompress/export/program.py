@@ -14,14 +14,16 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from legocompress import kernels
 from legocompress.codec import stored_filters
 from legocompress.conv import LegoModule, lego_modules, to_dense_
 from legocompress.convert import TORCH_DTYPES, rounded
-from legocompress.errors import ExportError, UsageError
+from legocompress.deploy.network import deploy_, deployed_graph
+from legocompress.errors import DeployError, ExportError, KernelError, UsageError
 from legocompress.files import check_free, writing
 from legocompress.probe import default_input
 
-Form = Literal["lego", "assemble-at-load", "dense"]
+Form = Literal["lego", "assemble-at-load", "dense", "fused"]
 # What an export may differ from the network by: float32 sums in another order, no more.
 TOLERANCE = 1e-3
 
@@ -143,7 +145,7 @@ def reference(model: nn.Module, form: Form) -> nn.Module:
     Forms that store units round them, as `save` does, where training has moved them.
     """
     copied = copy.deepcopy(model)
-    for _, module in lego_modules(copied) if form != "dense" else ():
+    for _, module in lego_modules(copied) if form in ("lego", "assemble-at-load") else ():
         module.frozen_weight = None
         module.lego_filters.data = rounded(module.lego_filters.data, module.storage_dtype)
         if module.coefficients is not None:
@@ -151,6 +153,18 @@ def reference(model: nn.Module, form: Form) -> nn.Module:
             module.coefficients.data = gains
     dense = to_dense_(copied).float().to(memory_format=torch.contiguous_format)
     return dense.cpu().eval()
+
+
+def _fused(model: nn.Module, images: Tensor) -> nn.Module:
+    """A float32 copy of a network as `deploy_` runs it here, with the kernels of this package."""
+    if not kernels.available():
+        raise KernelError(f"--form fused needs the compiled kernels: {kernels.why_unavailable()}")
+    copied = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format).cpu()
+    try:
+        deploy_(copied, images[:1], only=("assemble", "fused", "winograd"), formats=("nchw",))
+        return deployed_graph(copied)
+    except DeployError as error:
+        raise ExportError(f"--form fused: {error}; --form lego may do") from error
 
 
 def example_images(model: nn.Module, example_input: Tensor | None, batch: int = 2) -> Tensor:
@@ -210,26 +224,29 @@ def export_program(
     force: bool = False,
     example_input: Tensor | None = None,
 ) -> Exported:
-    """Write a network as a torch.export program, which reloads without this package.
+    """Write a network as a torch.export program.
+
+    All forms but 'fused' reload without this package; for 'fused', import it first.
 
     Args:
         model: the converted network; it runs in float32 there.
         path: the file to write.
         form: 'lego' stores the units as the checkpoint does and merges; 'dense' has the assembled
-            weights.
+            weights; 'fused' is the network as `deploy_` runs it here, on the compiled kernels.
         force: replace what stands there.
         example_input: (N, c, H, W), for the size of images; by default the configuration's.
 
     Raises:
         UsageError: the form is none of these.
+        KernelError: the form is 'fused', and there are no compiled kernels.
         ExportError: torch.export cannot follow the network, or the program is not equal to it.
         OutputExistsError: the file exists and `force` is not given.
         OutputError: it cannot be written.
     """
-    if form not in ("lego", "dense"):
+    if form not in ("lego", "dense", "fused"):
         raise UsageError(
             f"--form {form} is for ONNX, whose runtimes fold constants as they load; "
-            "a torch.export program has 'lego' and 'dense'"
+            "a torch.export program has 'lego', 'dense' and 'fused'"
         )
     target = Path(path)
     check_free(target, force)
@@ -238,6 +255,8 @@ def export_program(
     module: nn.Module = expected
     if form == "lego":
         module = _SelfContained(*hollow_copy(model, form)).eval()
+    elif form == "fused":
+        module = _fused(model, images)
     program = trace(module, images[:2])
     # The program is stored with its example, so that is one number, repeated.
     program.example_inputs = ((torch.zeros(()).expand(images[:2].shape),), {})
