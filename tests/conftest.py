@@ -1,7 +1,11 @@
-"""What every test shares: a fixed seed, and one thread, since small tensors run slower on more."""
+"""What every test shares: a fixed seed, and one thread, since small tensors run slower on more.
+
+The processes that tests start get one thread, too: several tests run at once.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 
 import legocompress as lego
 from legocompress.conv import lego_modules
-from legocompress.finetune.distributed import Processes, from_environment, restarted
+from legocompress.finetune.distributed import Processes, from_environment, meet, restarted
 from legocompress.finetune.loop import finetune_
 from tests.tiny import compressed, recipe, write_images
 
@@ -139,7 +142,9 @@ def test_torchrun_starts_a_dead_process_again(tmp_path: Path) -> None:
                "--data-dir", "images.npz", "--device", "cpu"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        run = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
             state = tmp_path / "net-ft" / "state.pt"
             deadline = time.monotonic() + 200
@@ -149,7 +154,8 @@ def test_torchrun_starts_a_dead_process_again(tmp_path: Path) -> None:
             os.kill(victim, signal.SIGKILL)
             assert run.wait(timeout=120) == 0, (tmp_path / "log").read_text()[-3000:]
         finally:
-            run.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
             run.wait()
     assert "SIGKILL" in (tmp_path / "log").read_text() or "-9" in (tmp_path / "log").read_text()
     rows = (tmp_path / "net-ft" / "summary.csv").read_text().splitlines()
@@ -185,3 +191,22 @@ def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_alone_sums_itself() -> None:
     assert Processes().sum(1, 2.5) == [1, 2.5]
     assert Processes().first
+
+
+def test_processes_meet_where_earlier_ones_have_left_their_words() -> None:
+    store, patience = torch.distributed.HashStore(), timedelta(seconds=20)
+
+    def start(word: str) -> None:
+        with ThreadPoolExecutor(3) as pool:
+            late = pool.submit(lambda: (time.sleep(0.2), meet(store, 2, 3, patience))[1])
+            parts = [pool.submit(meet, store, rank, 3, patience) for rank in (0, 1)]
+            first, *others = [part.result() for part in (*parts, late)]
+        assert not first.check(["said"])  # nothing of an earlier start
+        first.set("said", word)
+        assert [other.get("said") for other in others] == [word.encode()] * 2
+
+    start("one")
+    start("two")
+    for rank in (0, 1):  # alone among what the others have left
+        with pytest.raises(RuntimeError):
+            meet(store, rank, 3, timedelta(seconds=0.3))

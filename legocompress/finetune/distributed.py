@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +59,38 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def meet(store: Any, rank: int, size: int, patience: timedelta = dist.default_pg_timeout) -> Any:
+    """A part of the store that only the processes that have started now write to.
+
+    `torchrun` may keep one store while it starts its processes again and again; a process that
+    reads an address there that an earlier one left waits for ever. So each says a word of its own,
+    and the first process answers to that word with the name of their common part, until each has
+    confirmed this name.
+
+    Raises:
+        RuntimeError: they do not all come within `patience`.
+    """
+    word = uuid.uuid4().hex
+    store.set(f"hello/{rank}", word)
+    if rank:
+        store.wait([f"answer/{word}"], patience)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"here/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    deadline = time.monotonic() + patience.total_seconds()
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"here/{word}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", word)
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"after {patience}, {len(missing)} of {size} are missing")
+        time.sleep(0.02)
+    return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
+
+
 @contextmanager
 def joined(processes: Processes, device: torch.device) -> Iterator[None]:
     """Join the process group that `torchrun` describes (NCCL for GPUs, else gloo), then leave it.
@@ -65,8 +101,11 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
     if processes.size == 1:
         yield
         return
+    backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        store = meet(store, rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the {processes.size} processes cannot be joined: {str(error).splitlines()[0]}"
