@@ -1,224 +1,36 @@
-"""The compressed folder: config.json and model.safetensors, saved and loaded as exact inverses."""
+"""The compressed folder -> the network, rebuilt from the folder alone; every entry is checked."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from timm.models._hub import filter_pretrained_cfg
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from legocompress.bounds import building_at_most, check_arguments, check_input_size
-from legocompress.calibrate.record import Calibration
-from legocompress.codec import encode, own_tensors, packed_bytes, scales_name, unpack_index
+from legocompress.bounds import building_at_most, check_arguments
+from legocompress.checkpoint.config import (
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    TENSORS,
+    CompressionConfig,
+    LayerConfig,
+    read_config,
+)
+from legocompress.checkpoint.write import fresh_network, skeleton_of
+from legocompress.codec import own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.convert import TORCH_DTYPES, Record, dequantized
-from legocompress.deploy.choices import Choices
-from legocompress.errors import CheckpointError, LegoError, OutputExistsError, SpecError, UsageError
-from legocompress.files import check_free, write_tensors, writing
+from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
 from legocompress.hub import is_hub_name, local_folder
-from legocompress.models import Source, build, create, source_of
+from legocompress.models import Source, create
 from legocompress.probe import model_cfg
-from legocompress.spec import FilterDtype, LegoSpec, StorageDtype, UnitShape
+from legocompress.spec import LegoSpec, UnitShape
 
-FORMAT_VERSION = 1
-VERSION = version("legocompress")
-CONFIG, TENSORS = "config.json", "model.safetensors"
-LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
-MAX_CONFIG_BYTES = 32 * 2**20
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
                  "float64": torch.float64}  # fmt: skip
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class LayerConfig(_Strict):
-    """What a Lego module needs beside its tensors."""
-
-    n_lego: int = Field(ge=1, le=2**31)
-    n_split: int = Field(ge=1, le=2**31)
-    n_terms: int = Field(ge=1, le=2**31)
-    dtype: FilterDtype
-    coefficients_dtype: StorageDtype | None
-    memory_dtype: Literal["float32", "float16", "bfloat16", "float64"]
-    weight_error: float | None = None
-
-
-class CompressionConfig(_Strict):
-    """The `compression_config` block of config.json."""
-
-    format_version: int
-    legocompress_version: str
-    library: Literal["timm", "torchvision"] | None
-    reparameterized: bool
-    weights: str
-    spec: dict[str, Any] | None = None
-    seed: int | None = None
-    skipped: dict[str, str] = {}
-    recipe: dict[str, Any] | None = None
-    layers: dict[str, LayerConfig]
-    calibration: Calibration | None = None
-    deployment: tuple[Choices, ...] = Field(default=(), max_length=16)
-
-
-def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
-    """Write a converted network as a folder that `load` rebuilds from itself alone.
-
-    Filters and coefficients are stored in the dtypes that the conversion was asked for; values that
-    training has moved off them are rounded in the file.
-
-    Args:
-        model: the converted network.
-        path: the folder to write.
-        force: replace what stands there.
-
-    Raises:
-        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt from
-            what is known about it.
-        OutputExistsError: the folder exists and `force` is not given, or holds something else.
-        OutputError: it cannot be written.
-    """
-    layers = {name: _layer_config(module) for name, module in lego_modules(model)}
-    if not layers:
-        raise CheckpointError("the model holds no Lego module; convert it before saving")
-    source = _rebuildable(model, source_of(model))
-    record = getattr(model, "lego_record", None)
-    block = CompressionConfig(
-        format_version=FORMAT_VERSION,
-        legocompress_version=VERSION,
-        library=source.library,
-        reparameterized=source.reparameterized,
-        weights=source.weights,
-        spec=record.spec.model_dump(mode="json") if isinstance(record, Record) else None,
-        seed=record.seed if isinstance(record, Record) else None,
-        skipped=record.skipped if isinstance(record, Record) else {},
-        recipe=record.recipe if isinstance(record, Record) else None,
-        layers=layers,
-        calibration=getattr(model, "lego_calibration", None),
-        deployment=getattr(model, "lego_choices", ()),
-    )
-    config = timm_config(model, source)
-    config["compression_config"] = block.model_dump(mode="json")
-    text = config_text(config)
-    target = Path(path)
-    check_target(target, force)
-    with writing(target, force, folder=True) as folder:
-        write_tensors(encode(model), folder / TENSORS)
-        (folder / CONFIG).write_text(text)
-    return target
-
-
-def timm_config(model: nn.Module, source: Source) -> dict[str, Any]:
-    """What timm's hub folders say about a network in their config.json."""
-    return {
-        "architecture": source.architecture,
-        "num_classes": getattr(model, "num_classes", None),
-        "num_features": getattr(model, "num_features", None),
-        "pretrained_cfg": _plain(
-            filter_pretrained_cfg(model_cfg(model), remove_source=True, remove_null=True)
-        ),
-        "model_args": source.model_args,
-    }
-
-
-def config_text(config: dict[str, Any]) -> str:
-    """A configuration as the text of a config.json; CheckpointError if it is not plain JSON."""
-    try:
-        return json.dumps(config, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the model's configuration is not plain JSON: {error}") from error
-
-
-def check_target(target: Path, force: bool) -> None:
-    """Raise OutputExistsError if a compressed folder may not be written at `target`."""
-    check_free(target, force)
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
-        raise OutputExistsError(
-            f"{str(target)!r} is a folder of something else, which even --force does not replace; "
-            "choose another --out"
-        )
-
-
-def _plain(cfg: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cfg.items() if not callable(value)}
-
-
-def _layer_config(module: LegoModule) -> LayerConfig:
-    shape = module.lego_shape
-    return LayerConfig(
-        n_lego=shape.n_lego,
-        n_split=shape.n_split,
-        n_terms=shape.n_terms,
-        dtype=module.storage_dtype,
-        coefficients_dtype=None if module.coefficients is None else module.coefficients_dtype,
-        memory_dtype=str(module.lego_filters.dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        weight_error=module.weight_error,
-    )
-
-
-def _fresh(source: Source) -> nn.Module:
-    """The architecture with random values, in deployed form if it was converted so."""
-    with torch.random.fork_rng(devices=[]):
-        model = build(source)
-    return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
-
-
-def skeleton_of(source: Source) -> nn.Module:
-    """The architecture without memory for its tensors, where it can be built so."""
-    if source.reparameterized:  # fusing computes with the values
-        return _fresh(source)
-    try:
-        with torch.device("meta"):
-            return build(source)
-    except UsageError:
-        return _fresh(source)
-
-
-def _rebuildable(model: nn.Module, source: Source) -> Source:
-    """The source that rebuilds this network, in training or deployed form.
-
-    Raises:
-        CheckpointError: what the source builds is not the network that is being saved.
-    """
-    if source.library is None:
-        return source
-    ours = _dense_shapes(model)
-    try:
-        for deployed in (source.reparameterized, not source.reparameterized):
-            candidate = replace(source, reparameterized=deployed)
-            fresh = {k: tuple(v.shape) for k, v in own_tensors(skeleton_of(candidate)).items()}
-            if fresh == ours:
-                return candidate
-    except LegoError as error:
-        raise CheckpointError(f"the architecture cannot be rebuilt: {error}") from error
-    raise CheckpointError(
-        f"{source.library}/{source.architecture} with {source.model_args} is another network "
-        f"(first difference at {min(set(fresh.items()) ^ set(ours.items()))[0]!r}); create it with "
-        "legocompress.create(...), or set model.lego_source to Source(None, None) and pass the "
-        "dense network to load()"
-    )
-
-
-def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    legos = dict(lego_modules(model))
-    shapes = {}
-    for name, tensor in own_tensors(model).items():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in legos or leaf not in LEGO_TENSORS:
-            shapes[name] = tuple(tensor.shape)
-    for name, module in legos.items():
-        shapes[f"{name}.weight" if name else "weight"] = tuple(module.weight.shape)
-    return shapes
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -262,45 +74,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return guard_fusing_(model).eval()
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
-    """Read and check config.json of a compressed folder: all of it, and its compression block.
-
-    Raises:
-        CheckpointError: it is missing or says something that it may not.
-    """
-    path = folder / CONFIG
-    for needed in (path, folder / TENSORS):
-        if not needed.is_file():
-            raise CheckpointError(
-                f"{str(folder)!r} is no compressed folder: it has no {needed.name}"
-            )
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{str(path)!r} is larger than {MAX_CONFIG_BYTES:,} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is no JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("compression_config"), dict):
-        raise CheckpointError(f"{str(path)!r} has no compression_config: not a compressed network")
-    if not isinstance(config.get("pretrained_cfg", {}), (dict, type(None))):
-        raise CheckpointError(f"{str(path)!r}: pretrained_cfg is no mapping")
-    check_input_size(config.get("pretrained_cfg") or {})
-    written = config["compression_config"].get("format_version")
-    if written != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{str(path)!r} has format version {written!r}; this legocompress "
-            f"({VERSION}) reads {FORMAT_VERSION}: install a version that reads it"
-        )
-    try:
-        return config, CompressionConfig.model_validate_json(
-            json.dumps(config["compression_config"])
-        )
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise CheckpointError(f"{str(path)!r}: {where}: {fault['msg']}") from error
-
-
 def _spec(folder: Path, values: dict[str, Any]) -> LegoSpec:
     try:
         return LegoSpec(**values)
@@ -335,7 +108,7 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
             owner, _, leaf = name.rpartition(".")
             if leaf != "weight" or owner not in block.layers:
                 _check_shape(file, name, tuple(tensor.shape))
-        return _fresh(source)
+        return fresh_network(source)
     except CheckpointError:
         raise
     except LegoError as error:

@@ -1,0 +1,154 @@
+"""A converted network -> the compressed folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+
+from legocompress.checkpoint.config import (
+    CONFIG,
+    FORMAT_VERSION,
+    TENSORS,
+    VERSION,
+    CompressionConfig,
+    LayerConfig,
+    config_text,
+    timm_config,
+)
+from legocompress.codec import encode, own_tensors
+from legocompress.conv import LegoModule, lego_modules
+from legocompress.convert import Record
+from legocompress.errors import CheckpointError, LegoError, OutputExistsError, UsageError
+from legocompress.files import check_free, write_tensors, writing
+from legocompress.models import Source, build, source_of
+
+LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
+
+
+def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
+    """Write a converted network as a folder that `load` rebuilds from itself alone.
+
+    Filters and coefficients are stored in the dtypes that the conversion was asked for; values that
+    training has moved off them are rounded in the file.
+
+    Args:
+        model: the converted network.
+        path: the folder to write.
+        force: replace what stands there.
+
+    Raises:
+        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt from
+            what is known about it.
+        OutputExistsError: the folder exists and `force` is not given, or holds something else.
+        OutputError: it cannot be written.
+    """
+    layers = {name: _layer_config(module) for name, module in lego_modules(model)}
+    if not layers:
+        raise CheckpointError("the model holds no Lego module; convert it before saving")
+    source = _rebuildable(model, source_of(model))
+    record = getattr(model, "lego_record", None)
+    block = CompressionConfig(
+        format_version=FORMAT_VERSION,
+        legocompress_version=VERSION,
+        library=source.library,
+        reparameterized=source.reparameterized,
+        weights=source.weights,
+        spec=record.spec.model_dump(mode="json") if isinstance(record, Record) else None,
+        seed=record.seed if isinstance(record, Record) else None,
+        skipped=record.skipped if isinstance(record, Record) else {},
+        recipe=record.recipe if isinstance(record, Record) else None,
+        layers=layers,
+        calibration=getattr(model, "lego_calibration", None),
+        deployment=getattr(model, "lego_choices", ()),
+    )
+    config = timm_config(model, source)
+    config["compression_config"] = block.model_dump(mode="json")
+    text = config_text(config)
+    target = Path(path)
+    check_target(target, force)
+    with writing(target, force, folder=True) as folder:
+        write_tensors(encode(model), folder / TENSORS)
+        (folder / CONFIG).write_text(text)
+    return target
+
+
+def check_target(target: Path, force: bool) -> None:
+    """Raise OutputExistsError if a compressed folder may not be written at `target`."""
+    check_free(target, force)
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise OutputExistsError(
+            f"{str(target)!r} is a folder of something else, which even --force does not replace; "
+            "choose another --out"
+        )
+
+
+def _layer_config(module: LegoModule) -> LayerConfig:
+    shape = module.lego_shape
+    return LayerConfig(
+        n_lego=shape.n_lego,
+        n_split=shape.n_split,
+        n_terms=shape.n_terms,
+        dtype=module.storage_dtype,
+        coefficients_dtype=None if module.coefficients is None else module.coefficients_dtype,
+        memory_dtype=str(module.lego_filters.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        weight_error=module.weight_error,
+    )
+
+
+def fresh_network(source: Source) -> nn.Module:
+    """The architecture with random values, in deployed form if it was converted so."""
+    with torch.random.fork_rng(devices=[]):
+        model = build(source)
+    return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
+
+
+def skeleton_of(source: Source) -> nn.Module:
+    """The architecture without memory for its tensors, where it can be built so."""
+    if source.reparameterized:  # fusing computes with the values
+        return fresh_network(source)
+    try:
+        with torch.device("meta"):
+            return build(source)
+    except UsageError:
+        return fresh_network(source)
+
+
+def _rebuildable(model: nn.Module, source: Source) -> Source:
+    """The source that rebuilds this network, in training or deployed form.
+
+    Raises:
+        CheckpointError: what the source builds is not the network that is being saved.
+    """
+    if source.library is None:
+        return source
+    ours = _dense_shapes(model)
+    try:
+        for deployed in (source.reparameterized, not source.reparameterized):
+            candidate = replace(source, reparameterized=deployed)
+            fresh = {k: tuple(v.shape) for k, v in own_tensors(skeleton_of(candidate)).items()}
+            if fresh == ours:
+                return candidate
+    except LegoError as error:
+        raise CheckpointError(f"the architecture cannot be rebuilt: {error}") from error
+    raise CheckpointError(
+        f"{source.library}/{source.architecture} with {source.model_args} is another network "
+        f"(first difference at {min(set(fresh.items()) ^ set(ours.items()))[0]!r}); create it with "
+        "legocompress.create(...), or set model.lego_source to Source(None, None) and pass the "
+        "dense network to load()"
+    )
+
+
+def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    legos = dict(lego_modules(model))
+    shapes = {}
+    for name, tensor in own_tensors(model).items():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in legos or leaf not in LEGO_TENSORS:
+            shapes[name] = tuple(tensor.shape)
+    for name, module in legos.items():
+        shapes[f"{name}.weight" if name else "weight"] = tuple(module.weight.shape)
+    return shapes
