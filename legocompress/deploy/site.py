@@ -384,7 +384,8 @@ def _maxima(x: Tensor, dim: int, kernel: int, stride: int, padding: int, dilatio
         if first <= last:
             start = first * stride + offset
             stop = last * stride + offset + 1
-            part = x[:, :, start:stop:stride] if dim == 2 else x[..., start:stop:stride]
+            # Not by brackets: tracing them, older PyTorch sets bounds on the other axes, too.
+            part = torch.ops.aten.slice(x, dim, start, stop, stride)
             slices.append((first, last + 1 - first, part))
     slices.sort(key=lambda item: -item[1])
     (_, length, best), *others = slices
