@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from torch.utils.data import Subset
 
 import legocompress as lego
 from legocompress.convert import Record
+from legocompress.data import preprocessing
 from legocompress.finetune.loop import Epoch, finetune_
 from legocompress.finetune.optimize import add_anchor_
 from legocompress.measure import measure
@@ -35,7 +35,8 @@ from legocompress.probe import probe
 SHIPPED = Path(str(files("legocompress"))) / "demo"
 FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
 FROZEN = "stages=[{epochs: 3, indices: frozen}]"
-SCRATCH = ("optimizer.lr=0.1", "distill=null", "balance=1e-4")
+PAPER = ("optimizer.name=momentum", "optimizer.lr=0.1", "optimizer.weight_decay=5e-4")
+SCRATCH = (*PAPER, "stages.0.rates.proxies=1", "distill=null", "anchor=0", "balance=1e-4")
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
         f"{size} frozen": Row("calibrated", unit, (FROZEN,)),
         f"{size} no anchor": Row("calibrated", unit, ("anchor=0",)),
-        f"{size} fast N": Row("calibrated", unit, ("stages.0.rates.proxies=30", "anchor=0.01")),
+        f"{size} fast N": Row("calibrated", unit, ("stages.0.rates.proxies=1",)),
+        f"{size} logits only": Row("calibrated", unit, ("distill.features=0",)),
         f"{size} labels only": Row("calibrated", unit, ("distill=null",)),
         f"{size} clustered": Row("clustered", unit),
         f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
@@ -98,17 +100,25 @@ def start_of(row: Row, data_dir: str, seed: int) -> nn.Module:
         return nearest(lambda share: shrink(model, share), key, compressed[key])
     lego.convert_(model, plan, seed)
     if row.start == "calibrated":
-        calibrate: Any = getattr(lego, "calibrate_", None)
-        if calibrate is None:
-            sys.exit("this version has no calibration; take the rows called clustered")
         recipe = lego.load_recipe("fashion-mnist", ["data.holdout=0"])
         train, _ = lego.open_training(model, recipe, data_dir)
-        transform = lego.data.preprocessing(model)[0]  # type: ignore[attr-defined]
+        transform = preprocessing(model)[0]
         chosen = torch.randperm(55_000, generator=torch.Generator().manual_seed(seed))[:2048]
         dataset: Any = train.dataset
         images = torch.stack([transform(dataset[int(i)][0]) for i in chosen])
-        calibrate(model, dense(), images)
+        lego.calibrate_(model, dense(), images)
     return model
+
+
+def kept_start(row: Row, args: argparse.Namespace, seed: int) -> nn.Module:
+    """As `start_of`; a calibrated network is kept in --out for the rows that share it."""
+    if row.start != "calibrated":
+        return start_of(row, args.data_dir, seed)
+    told = "-".join(f"{key}{value}" for key, value in row.spec.items())
+    folder = args.out / "starts" / f"{told}-s{seed}"
+    if not folder.exists():
+        lego.save(start_of(row, args.data_dir, seed), folder)
+    return lego.load(folder)
 
 
 def cost(model: nn.Module, key: str) -> float:
@@ -182,7 +192,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         return
     changes = [*row.changes, f"seed={seed}", *args.set]
     recipe = lego.load_recipe("fashion-mnist", changes)
-    model = start_of(row, args.data_dir, seed)
+    model = kept_start(row, args, seed)
     train, validation = lego.open_training(model, recipe, args.data_dir)
     if args.images is not None:
         chosen = range(min(args.images, train.size))
