@@ -13,7 +13,9 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 import legocompress as lego
+from legocompress.calibrate.record import LabelledCheck
 from legocompress.checkpoint import check_target
+from legocompress.data import Images
 from legocompress.errors import UsageError
 from legocompress.models import source_of
 
@@ -43,6 +45,7 @@ class Request:
     workers: int
     data_dir: str | None
     split: str
+    labelled: str | None
     seed: int
 
 
@@ -98,7 +101,7 @@ def calibrate(
 
 def read_calibration(values: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a calibration out of a command's values."""
-    names = ("images", "epochs", "batch_size", "workers", "data_dir", "split")
+    names = ("images", "epochs", "batch_size", "workers", "data_dir", "split", "labelled")
     return {name: values.pop(name) for name in names}
 
 
@@ -114,6 +117,32 @@ def _named_original(network: nn.Module) -> nn.Module:
 
 
 def run(
+    network: nn.Module, original: nn.Module, request: Request, target: Path, quiet: bool
+) -> lego.Calibration:
+    """Calibrate with a bar, and tell accuracies where labelled images are given."""
+    if request.labelled is None:
+        return _repair(network, original, request, target, quiet)
+    images = _labelled(original, request.labelled, request.data_dir)
+
+    def judge(teacher: nn.Module | None) -> lego.Evaluation:
+        batches = images.batches(request.batch_size, request.workers)
+        return lego.evaluate(network, batches, teacher, images.n_classes)
+
+    before = judge(original)
+    record = _repair(network, original, request, target, quiet)
+    told = LabelledCheck(
+        images=before.images,
+        original=_known(before.original_top1),
+        before=_known(before.top1),
+        after=_known(judge(None).top1),
+    )
+    record = record.model_copy(update={"accuracy": told})
+    noted: Any = network
+    noted.lego_calibration = record
+    return record
+
+
+def _repair(
     network: nn.Module, original: nn.Module, request: Request, target: Path, quiet: bool
 ) -> lego.Calibration:
     """Calibrate with a bar; layers done are kept beside `target` until `finish`."""
@@ -142,6 +171,18 @@ def run(
                 err=True,
             )
             raise
+
+
+def _labelled(original: nn.Module, where: str, data_dir: str | None) -> Images:
+    images = lego.open_images(where, original, data_dir)
+    if not images.labelled:
+        raise UsageError(f"--labelled: {where!r} has no labels to tell accuracy by")
+    return images
+
+
+def _known(top1: float | None) -> float:
+    assert top1 is not None
+    return top1
 
 
 def _journal(target: Path) -> Path:

@@ -81,6 +81,16 @@ calibration_options: Callable[[CommandT], CommandT] = _stack(
         click.option("--data-dir", help="Root of a named data set."),
         click.option("--split", default="train", help="Split of a named data set."),
         click.option(
+            "--labelled",
+            metavar="DATA",
+            help="Labelled images on which to tell accuracy before and after; no step uses them.",
+        ),
+        click.option(
+            "--labelled",
+            metavar="DATA",
+            help="Labelled images on which to tell accuracy before and after; no step uses them.",
+        ),
+        click.option(
             "-b",
             "--batch-size",
             type=click.IntRange(1),

@@ -279,6 +279,12 @@ def print_calibration(found: Calibration) -> None:
         click.echo(
             f"{'agreement':<20} {found.agreement_before:>8.1f} % -> {found.agreement_after:>8.1f} %"
         )
+    if found.accuracy is not None:
+        told = found.accuracy
+        click.echo(
+            f"{'top-1':<20} {told.before:>8.1f} % -> {told.after:>8.1f} %   "
+            f"(original {told.original:.1f} %, {told.images} labelled images)"
+        )
 
 
 def print_benchmark(run: BenchmarkRun, layers: bool) -> None:

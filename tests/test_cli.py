@@ -301,6 +301,22 @@ def test_calibration_repairs_and_is_reported(run: Run, tmp_path: Path, compresse
     assert json.loads(run("report", compressed, "--json").out)["calibration"] is None
 
 
+def test_calibration_tells_accuracy_where_labels_are_given(
+    run: Run, tmp_path: Path, compressed: Path
+) -> None:
+    words = ["calibrate", compressed, "--data", PHOTOS, "--images", 60, "--epochs", 1]
+    ran = run(*words, "--labelled", SAMPLE, "--out", tmp_path / "out", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    told = json.loads(ran.out)["accuracy"]
+    assert lego.load(tmp_path / "out").lego_calibration.accuracy.model_dump() == told
+    for folder, key in ((compressed, "before"), (tmp_path / "out", "after")):
+        found = json.loads(run("evaluate", folder, "--data", SAMPLE, "--json").out)
+        assert (found["images"], found["top1"]) == (told["images"], pytest.approx(told[key]))
+    assert told["before"] < told["after"] < told["original"]
+    assert f"-> {told['after']:>8.1f} %   (original" in run("report", tmp_path / "out").out
+    failed(run(*words, "--labelled", PHOTOS, "--out", tmp_path / "other"), 2, "no labels")
+
+
 def test_convert_calibrates_too(run: Run, tmp_path: Path) -> None:
     words = ["convert", DENSE, "--images", 20, "--epochs", 0, "--only", "layer1.*", "--json"]
     told = {}

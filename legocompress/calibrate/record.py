@@ -22,6 +22,15 @@ class LayerRepair(_Record):
     note: str | None = None
 
 
+class LabelledCheck(_Record):
+    """Top-1 accuracy in percent on labelled images, which no step of the calibration read."""
+
+    images: int
+    original: float
+    before: float
+    after: float
+
+
 class Calibration(_Record):
     """What a network was calibrated with, and what that did.
 
@@ -36,6 +45,7 @@ class Calibration(_Record):
         seed: of all that is random.
         epochs: of tuning all layers together; 0 where that was left out or did not help.
         norms: whether norm statistics were re-estimated.
+        accuracy: before and after, where labelled images were given to tell it.
     """
 
     images: int
@@ -49,3 +59,4 @@ class Calibration(_Record):
     agreement_before: float | None
     agreement_after: float | None
     layers: list[LayerRepair]
+    accuracy: LabelledCheck | None = None
