@@ -95,7 +95,7 @@ class Front:
             if behind < s.leave < first and s.calls == 1 and s.shape is not None
         ]
         for name in sorted(ready, key=lambda n: -self.steps[n].leave):
-            if self.steps[name].shape is not None and self._is_cut(name):
+            if self._is_cut(name):
                 self.passed.append(name)
                 if self._fits(name):
                     self._kept = [self._run_on(position, name) for position in range(2)]
@@ -132,12 +132,12 @@ class Front:
             with self._resume(network, name, value):
                 try:
                     found = _outputs(network, self._trial)
-                # Zeros in place of the truth may upset a network in any way; then it is no cut.
+                # With zeros for the truth the user's forward may raise anything; then it is no cut.
                 except Exception:
                     found = []
-            same = len(found) == len(self._wanted)
-            pairs = zip(found, self._wanted, strict=False)
-            self._sound[name] = same and all(torch.equal(a, b) for a, b in pairs)
+            self._sound[name] = len(found) == len(self._wanted) and all(
+                torch.equal(a, b) for a, b in zip(found, self._wanted, strict=True)
+            )
         return self._sound[name]
 
     def _run_on(self, position: int, name: str) -> list[Tensor]:
