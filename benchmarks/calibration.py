@@ -32,10 +32,11 @@ import torch
 from photos import ARCHITECTURES, agreement_rows, open_network, views
 
 import legocompress as lego
+from legocompress.calibrate import EPOCHS
 
 TARGETS = {(0.5, 2, 1): 1.5, (0.5, 2, 4): 0.6, (0.25, 4, 1): 6.0, (0.25, 4, 4): 1.2}  # points lost
 MOST_SECONDS = 120.0  # of conversion and calibration, stated for two threads
-RESNET50_SECONDS, RESNET50_GB = 900.0, 4.0
+RESNET50_SECONDS, RESNET50_GB, RESNET50_EPOCHS = 900.0, 4.0, 4
 
 Row = dict[str, Any]
 Setting = tuple[float, int, int]
@@ -65,6 +66,19 @@ class Results:
         shown = {k: v for k, v in row.items() if k not in ("layers", "table")}
         print(" ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
         return row
+
+
+class Clock:
+    """Seconds of the clock on the wall and of CPU time since it was made."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter(), time.process_time()
+
+    def spent(self) -> dict[str, float]:
+        """Both."""
+        now = time.perf_counter(), time.process_time()
+        pairs = zip(("seconds", "cpu_seconds"), now, self.started, strict=True)
+        return {name: after - before for name, after, before in pairs}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -99,23 +113,24 @@ def _calibrated(
     m, o, k = setting
     chosen = task.images(images, seed)
     student = copy.deepcopy(task.network)
-    started = time.perf_counter()
+    clock = Clock()
     lego.convert_(student, lego.plan(student, lego.LegoSpec(m=m, o=o, k=k)), seed)
-    seconds = time.perf_counter() - started
+    spent = clock.spent()
     clustered = task.accuracy(student)
     row: Row = {"dense": task.dense_accuracy, "clustered": clustered}
     if layers:
         alone = copy.deepcopy(student)
         lego.calibrate_(alone, task.network, chosen, seed=seed, epochs=0)
         row["layers_only"] = task.accuracy(alone)
-    started = time.perf_counter()
+    clock = Clock()
     record = lego.calibrate_(student, task.network, chosen, seed=seed, epochs=epochs)
-    seconds += time.perf_counter() - started
+    more = clock.spent()
+    spent = {what: spent[what] + more[what] for what in spent}
     return {
         **row,
         "calibrated": task.accuracy(student),
         "held_out_error": record.error_after,
-        "seconds": seconds,
+        **spent,
         "threads": torch.get_num_threads(),
         "bytes": rivals.stored_bytes(student),
         "macs": rivals.macs(student),
@@ -148,7 +163,8 @@ def run_fashion(options: argparse.Namespace, results: Results) -> bool:
         columns += [spread(alone) if alone else "-", spread(lost)]
         target = TARGETS.get((m, o, k))
         missed = statistics.fmean(lost) - (target if target is not None else 100.0)
-        slowest = max(r["seconds"] for r in rows)
+        # Of one thread, CPU time leaves out what other processes took; of several, it adds them up.
+        slowest = max(min(r["seconds"], r["cpu_seconds"]) for r in rows)
         told = "-" if target is None else "holds" if missed <= 0 else f"MISSED by {missed:.2f}"
         threads = "/".join(str(t) for t in sorted({r["threads"] for r in rows}))
         limit = "holds" if slowest <= MOST_SECONDS else "MISSED"
@@ -311,14 +327,14 @@ def run_resnet50(options: argparse.Namespace, results: Results) -> bool:
         network = open_network("resnet50_embed768", options.weights.parent, options.weights.name)
         images = views(network, options.photos, options.images, 0, whole=True)[0]
         student = copy.deepcopy(network)
-        started = time.perf_counter()
+        clock = Clock()
         lego.convert_(student, lego.plan(student, lego.LegoSpec(k=options.k)))
-        converted = time.perf_counter() - started
+        converted = clock.spent()["seconds"]
         sizes = {"epochs": options.epochs, "batch_size": options.batch_size}
         record = lego.calibrate_(student, network, images, **sizes)
-        seconds = time.perf_counter() - started
+        spent = clock.spent()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        facts = {"convert_seconds": converted, "seconds": seconds, "peak_gb": peak}
+        facts = {"convert_seconds": converted, **spent, "peak_gb": peak}
         return {**facts, "error_before": record.error_before, "error_after": record.error_after}
 
     row = results.measure(key, run)
@@ -346,7 +362,7 @@ def _parse() -> argparse.Namespace:
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument("--out", type=Path, default=Path("calibration.jsonl"), help="file of rows")
     both.add_argument("--threads", type=int, default=2)
-    both.add_argument("--epochs", type=int, default=8, help="of tuning all layers together")
+    both.add_argument("--epochs", type=int, default=EPOCHS, help="of tuning all layers together")
     small = argparse.ArgumentParser(add_help=False, parents=[both])
     small.add_argument("--data-dir", type=Path, required=True, help="folder of the four idx.gz")
     small.add_argument("--network", nargs="+", choices=fashion.NETWORKS, default=fashion.NETWORKS)
@@ -377,6 +393,7 @@ def _parse() -> argparse.Namespace:
     large.add_argument("--photos", type=Path, required=True, help="folder")
     large.add_argument("--images", type=int, default=256)
     large.add_argument("--k", type=int, default=4)
+    large.set_defaults(epochs=RESNET50_EPOCHS)
     large.add_argument("--batch-size", type=int, default=32)
     commands.add_parser("train", parents=[small], help="only train the second network")
     return parser.parse_args()

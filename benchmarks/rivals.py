@@ -346,7 +346,7 @@ def compress(
         ValueError: the method cannot meet the budget.
     """
     held_out = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
-    used, kept = torch.split(images[~held_out], BATCH), torch.split(images[held_out], BATCH)
+    used, kept = images[~held_out], torch.split(images[held_out], BATCH)
     with evaluating(original):
         points = _points(original, names, images)
         if method == "palette":
@@ -360,7 +360,7 @@ def compress(
         judges = {v: partial(output_error, n, original, kept) for v, (n, _) in found.items()}
         for variant, (network, _) in found.items():
             with evaluating(network):
-                renew = partial(reestimate_norms_, network, used)
+                renew = partial(reestimate_norms_, network, torch.split(used, BATCH))
                 _keep_if_better(network, judges[variant], renew)
         best = min(found, key=lambda variant: judges[variant]())
         network, ratio = found[best]
@@ -370,7 +370,7 @@ def compress(
 
         def tune(rate: float) -> None:
             values = list(network.parameters())
-            tune_(network, original, used, values, alike, epochs, seed, rate=rate)
+            tune_(network, original, used, values, alike, epochs, BATCH, seed, rate=rate)
 
         with evaluating(network):
             rate = _best_rate(network, judges[best], tune, rates if epochs else ())

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import legocompress as lego
+from legocompress.calibrate import EPOCHS
 from legocompress.errors import SpecError, UsageError
 from legocompress.models import source_of
 from legocompress.spec import LegoSpec
@@ -75,7 +76,7 @@ calibration_options: Callable[[CommandT], CommandT] = _stack(
         click.option(
             "--epochs",
             type=click.IntRange(0),
-            default=8,
+            default=EPOCHS,
             help="Passes over them that tune all layers together; 0 repairs layer by layer alone.",
         ),
         click.option("--data-dir", help="Root of a named data set."),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import legocompress as lego
-from legocompress.calibrate import FEWEST, gather, joint, layers
+from legocompress.calibrate import FEWEST, gather, joint, layers, lego_values
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.journal import Journal
 from legocompress.calibrate.moments import Moments
@@ -273,7 +273,7 @@ def test_a_small_budget_keeps_nothing_and_changes_nothing() -> None:
 def repaired() -> tuple[nn.Module, nn.Module, lego.Calibration]:
     original = lego.create(NAME)
     student = converted(original)
-    record = lego.calibrate_(student, original, demo_images(120), epochs=3, batch_size=8)
+    record = lego.calibrate_(student, original, demo_images(120), epochs=12)
     return student, original, record
 
 
@@ -286,7 +286,7 @@ def test_a_broken_network_does_again_what_the_original_does(
     assert record.agreement_before < 40
     assert record.agreement_after > 75
     assert record.error_after < 0.5 < record.error_before
-    assert record.epochs == 3
+    assert record.epochs == 12
     rows = {row.name: row for row in record.layers}
     assert set(rows) == {name for name, _ in lego.lego_modules(student)}
     for row in rows.values():
@@ -418,6 +418,52 @@ def test_flags_hooks_and_gradients_are_given_back() -> None:
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in student.modules())
     others = {k: v for k, v in original.state_dict().items() if k.startswith("stem")}
     assert all(torch.equal(student.state_dict()[key], value) for key, value in others.items())
+
+
+def test_dead_channels_and_fewer_samples_than_inputs_do_no_harm() -> None:
+    original = Odd().eval()
+    with torch.no_grad():
+        original.stem.weight[4:].zero_()
+        original.stem.bias[4:].fill_(-1.0)  # type: ignore[index]
+    student = converted(original, m=0.5, o=2, k=2)
+    images = torch.randn(FEWEST, 3, 6, 6)  # 8 images of 2 x 2 pixels for 216 inputs
+    record = lego.calibrate_(student, original, images, epochs=2)
+    assert record.error_after < record.error_before
+    for row in record.layers:
+        if row.note is None:
+            assert row.after is not None
+            assert row.before is not None
+            assert row.after <= row.before
+    assert all(bool(value.isfinite().all()) for value in student.state_dict().values())
+
+
+def test_images_are_mirrored_and_blended() -> None:
+    images = torch.arange(64.0).reshape(64, 1, 1, 1).expand(-1, 3, 2, 2).clone()
+    images[..., 1] += 1000.0  # tells the sides apart
+    varied = joint._varied(images, torch.Generator().manual_seed(0))
+    assert varied.is_contiguous(memory_format=torch.channels_last)
+    again = joint._varied(images, torch.Generator().manual_seed(0))
+    assert torch.equal(varied, again)
+    sides = (varied[:, 0, 0, 1] - varied[:, 0, 0, 0]) / 1000  # 1 as it was, -1 mirrored
+    assert bool((sides.abs() <= 1 + 1e-4).all())
+    assert sides.min() < -0.9
+    assert sides.max() > 0.9
+    own, before = images[..., 0].mean((1, 2)), images.roll(1, 0)[..., 0].mean((1, 2))
+    level = varied.mean((1, 2, 3)) - 500.0
+    assert bool((level >= torch.minimum(own, before) - 0.1).all())
+    assert bool((level <= torch.maximum(own, before) + 0.1).all())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tuning_leaves_layouts_as_they_were(layout: torch.memory_format) -> None:
+    original = Odd().eval().to(memory_format=layout)  # type: ignore[call-overload]
+    student = converted(original)
+    strides = [p.stride() for n in (student, original) for p in n.parameters()]
+    values, images = lego_values(student), torch.randn(16, 3, 12, 12)
+    before = joint.output_error(student, original, [images])
+    joint.tune_(student, original, images, values, [], 6, 8, 0)
+    assert joint.output_error(student, original, [images]) < before
+    assert [p.stride() for n in (student, original) for p in n.parameters()] == strides
 
 
 def test_norm_statistics_are_those_of_the_images() -> None:

@@ -27,6 +27,9 @@ from legocompress.probe import evaluating
 
 __all__ = ["FEWEST", "Calibration", "LayerRepair", "calibrate_", "gather", "synthesise"]
 
+EPOCHS = 32
+STEPS = 32  # at least, in a pass over the images, as long as a step has a few
+FEW = 4
 FEWEST = 2 * HELD_OUT  # images
 
 
@@ -67,7 +70,7 @@ def calibrate_(
     images: Tensor,
     *,
     seed: int = 0,
-    epochs: int = 8,
+    epochs: int = EPOCHS,
     batch_size: int = 32,
     synthetic: bool = False,
     journal: str | Path | None = None,
@@ -88,7 +91,7 @@ def calibrate_(
         images: (N, c, H, W), preprocessed; `gather` makes them of batches.
         seed: of sampled pixels, clustering and the order of batches.
         epochs: passes over the images of the last step; 0 leaves it out.
-        batch_size: images that run at once.
+        batch_size: images that run at once; fewer in the last step where there are few in all.
         synthetic: for the record: the images are no photos.
         journal: folder that keeps each repaired layer, so that an interrupted run goes on there
             when it is called again with the same networks, images and settings.
@@ -110,9 +113,8 @@ def calibrate_(
         raise DataError(f"{len(images)} images are too few to calibrate on; give {FEWEST} or more")
     held_out = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
     device = next(model.parameters()).device
-    used, kept = (
-        torch.split(images[chosen].to(device), batch_size) for chosen in (~held_out, held_out)
-    )
+    used = images[~held_out].to(device)
+    kept = torch.split(images[held_out].to(device), batch_size)
     with evaluating(model), evaluating(original):
         judge = partial(output_error, model, original, kept)
         before, agreed = judge(), agreement(model, original, kept)
@@ -125,10 +127,13 @@ def calibrate_(
             rows.append(row)
             if on_layer is not None:
                 on_layer(row)
-        norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, used))
+        batches = torch.split(used, batch_size)
+        norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, batches))
 
         def tune() -> None:
-            tune_(model, original, used, lego_values(model), front.passed, epochs, seed, on_batch)
+            values, points = lego_values(model), front.passed
+            size = min(batch_size, max(FEW, len(used) // STEPS))
+            tune_(model, original, used, values, points, epochs, size, seed, on_batch)
             for _, layer in lego_modules(model):
                 write_(layer, unit_of(layer))  # as the storage types hold the values
 

@@ -83,7 +83,7 @@ class Front:
         self._sound: dict[str, bool] = {}
         self.passed: list[str] = []
         self._cut: str | None = None
-        self._kept: list[list[Tensor]] = []
+        self._kept = [[self._trial] * len(batches) for _ in networks]  # until there is a cut
 
     def advance(self, layer: str) -> None:
         """Run every batch on to the last module before `layer` that the rest depends on alone."""
@@ -98,7 +98,7 @@ class Front:
             if self._is_cut(name):
                 self.passed.append(name)
                 if self._fits(name):
-                    self._kept = [self._run_on(position, name) for position in range(2)]
+                    self._run_on(name)
                     self._cut = name
                 return
 
@@ -106,16 +106,12 @@ class Front:
         """Both networks, which run on from where they are kept, and each batch to give them."""
         for number, images in enumerate(self.images):
             with ExitStack() as both:
-                for position, network in enumerate(self.networks):
-                    both.enter_context(self._start(position, network, number))
+                for network, kept in zip(self.networks, self._kept, strict=True):
+                    both.enter_context(self._start(network, kept[number]))
                 yield self.networks[0], self.networks[1], images
 
-    def _start(
-        self, position: int, network: nn.Module, number: int
-    ) -> AbstractContextManager[None]:
-        if self._cut is None:
-            return nullcontext()
-        return self._resume(network, self._cut, self._kept[position][number])
+    def _start(self, network: nn.Module, kept: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._cut is None else self._resume(network, self._cut, kept)
 
     def _fits(self, name: str) -> bool:
         shape = self.steps[name].shape
@@ -140,13 +136,13 @@ class Front:
             )
         return self._sound[name]
 
-    def _run_on(self, position: int, name: str) -> list[Tensor]:
-        network = self.networks[position]
-        module, kept = network.get_submodule(name), []
-        for number, images in enumerate(self.images):
-            with self._start(position, network, number):
-                kept.append(_output_of(network, module, images))
-        return kept
+    def _run_on(self, name: str) -> None:
+        """Put what the module gives in the place of what was kept, batch by batch."""
+        for network, kept in zip(self.networks, self._kept, strict=True):
+            module = network.get_submodule(name)
+            for number, images in enumerate(self.images):
+                with self._start(network, kept[number]):
+                    kept[number] = _output_of(network, module, images)
 
     @contextmanager
     def _resume(self, network: nn.Module, cut: str, value: Tensor) -> Iterator[None]:

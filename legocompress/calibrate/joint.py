@@ -6,7 +6,8 @@ No label is read. Either step stays only where images that it did not use say th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 RATE = 4e-3
 WARM_UP = 0.1
+OUTPUTS = 0.25  # weight of the network's outputs against the mean of the maps before them
 
 
 def output_error(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float:
@@ -65,10 +67,11 @@ def reestimate_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
 def tune_(
     model: nn.Module,
     original: nn.Module,
-    batches: Sequence[Tensor],
+    images: Tensor,
     values: Sequence[nn.Parameter],
     points: Sequence[str],
     epochs: int,
+    batch_size: int,
     seed: int,
     on_batch: Callable[[int, int], None] | None = None,
     rate: float = RATE,
@@ -76,46 +79,51 @@ def tune_(
     """Tune values of all layers together, towards the original's maps.
 
     Minimises the squared error of what the modules `points` and the network put out, each divided
-    by its variance, by Adam with a one-cycle rate; the images are mirrored at random, since the
-    original tells what it does on any image. Nothing but `values` changes.
+    by its variance, the network's own weighing less, by Adam with a one-cycle rate. Images are
+    mirrored at random and blended by pairs, since the original tells what it does on any image.
+    Nothing but `values` changes.
 
     Args:
         model: in eval mode; changed in place.
         original: in eval mode.
-        batches: images (N, c, H, W).
+        images: (N, c, H, W).
         values: of the model, to be changed.
         points: names of modules that return one tensor.
         epochs: passes over the images.
-        seed: of the order of the batches.
+        batch_size: images of a step.
+        seed: of the images' order and of how they are varied.
         on_batch: called with batches done and in all.
         rate: the highest learning rate.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    n_steps = epochs * len(batches)
+    n_steps = epochs * math.ceil(len(images) / batch_size)
     optimiser = torch.optim.Adam(values, rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_one_cycle, n_steps))
     generator = torch.Generator().manual_seed(seed)
-    order = [n for _ in range(epochs) for n in torch.randperm(len(batches), generator=generator)]
+    orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
+    batches = (chosen for order in orders for chosen in torch.split(order, batch_size))
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for value in values:
             value.requires_grad_(True)
-        for step, number in enumerate(order):
-            images = _flipped(batches[number], generator)
-            with torch.no_grad():
-                wanted = _maps(original, points, images)
-            with torch.enable_grad():
-                found = _maps(model, points, images)
-                losses = [_relative(a, b) for a, b in zip(found, wanted, strict=True)]
-                parts, ends = losses[: len(points)], losses[len(points) :]
-                loss = torch.stack([*(part / len(parts) for part in parts), *ends]).sum()
-                optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            schedule.step()
-            if on_batch is not None:
-                on_batch(step + 1, n_steps)
+        with _channels_last(model, original):
+            for step, chosen in enumerate(batches):
+                inputs = _varied(images[chosen.to(images.device)], generator)
+                with torch.no_grad():
+                    wanted = _maps(original, points, inputs)
+                with torch.enable_grad():
+                    found = _maps(model, points, inputs)
+                    losses = [_relative(a, b) for a, b in zip(found, wanted, strict=True)]
+                    parts, ends = losses[: len(points)], losses[len(points) :]
+                    shares = [part / len(parts) for part in parts] + [OUTPUTS * end for end in ends]
+                    loss = torch.stack(shares).sum()
+                    optimiser.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+                if on_batch is not None:
+                    on_batch(step + 1, n_steps)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -128,9 +136,25 @@ def _one_cycle(n_steps: int, step: int) -> float:
     return rise * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def _flipped(images: Tensor, generator: torch.Generator) -> Tensor:
-    chosen = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images, and blend each with the one before, which is any other."""
+    draws = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images)
+    images = torch.where(draws[0] < 0.5, images.flip(3), images)
+    images = torch.lerp(images, images.roll(1, 0), draws[1])
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _channels_last(*networks: nn.Module) -> Iterator[None]:
+    """Hold weights so that convolutions and pooling run fastest on CPUs."""
+    changed = [n for n in networks if all(p.is_contiguous() for p in n.parameters())]
+    try:
+        for network in changed:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        yield
+    finally:
+        for network in changed:
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _relative(found: Tensor, wanted: Tensor) -> Tensor:
