@@ -362,7 +362,7 @@ def _parse() -> argparse.Namespace:
     both = argparse.ArgumentParser(add_help=False)
     both.add_argument("--out", type=Path, default=Path("calibration.jsonl"), help="file of rows")
     both.add_argument("--threads", type=int, default=2)
-    both.add_argument("--epochs", type=int, default=EPOCHS, help="of tuning all layers together")
+    both.add_argument("--epochs", type=int, help="of tuning all layers together")
     small = argparse.ArgumentParser(add_help=False, parents=[both])
     small.add_argument("--data-dir", type=Path, required=True, help="folder of the four idx.gz")
     small.add_argument("--network", nargs="+", choices=fashion.NETWORKS, default=fashion.NETWORKS)
@@ -393,10 +393,12 @@ def _parse() -> argparse.Namespace:
     large.add_argument("--photos", type=Path, required=True, help="folder")
     large.add_argument("--images", type=int, default=256)
     large.add_argument("--k", type=int, default=4)
-    large.set_defaults(epochs=RESNET50_EPOCHS)
     large.add_argument("--batch-size", type=int, default=32)
     commands.add_parser("train", parents=[small], help="only train the second network")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.epochs is None:
+        options.epochs = RESNET50_EPOCHS if options.command == "resnet50" else EPOCHS
+    return options
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import legocompress as lego
 from . import render
 from .options import progress
 
-EPOCHS = 4
+EPOCHS = 12
 SETTINGS = [lego.LegoSpec(m=0.5, o=2, k=1), lego.LegoSpec(m=0.25, o=4, k=4)]
 
 
