@@ -430,6 +430,20 @@ def recorded(cases: list[tuple[Case, str, int]]) -> bytes:
 
 
 SOURCES = Path(kernels.__file__).parent / "src"
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
+}
+
+
+def runnable_isas() -> list[str]:
+    """Every instruction set that this CPU runs, of those whose code needs flags of its own."""
+    best = kernels.isa() if kernels.available() else "portable"
+    return [
+        "portable",
+        *(["avx2"] if best in ISA_FLAGS else []),
+        *(["avx512"] if best == "avx512" else []),
+    ]
 
 
 @pytest.mark.slow
@@ -446,8 +460,8 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     (tmp_path / "calls").write_bytes(recorded(cases))
     flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += ["-ffp-contract=fast", "-Wno-psabi", "-pthread", f"-I{SOURCES}"]
-    avx2 = kernels.available() and kernels.isa() in ("avx2", "avx512")
-    own = {"kernel_avx2.cpp": ["-mavx2", "-mfma"]} if avx2 else {}
+    isas = runnable_isas()
+    own = {f"kernel_{isa}.cpp": opts for isa, opts in ISA_FLAGS.items() if isa in isas}
     builds = []
     for source in [*SOURCES.glob("*.cpp"), Path(__file__).parent / "kernel_driver.cpp"]:
         target = str(tmp_path / f"{source.stem}.o")
@@ -462,7 +476,7 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     objects = [target for target, _ in builds]
     linked = subprocess.run([compiler, *flags, *objects, "-o", program], capture_output=True)
     assert linked.returncode == 0, linked.stderr[-2000:]
-    for isa in ["portable", *(["avx2"] if avx2 else [])]:
+    for isa in isas:
         ran = subprocess.run(
             [program, str(tmp_path / "calls")],
             capture_output=True, text=True, timeout=300, env={"LEGOCOMPRESS_ISA": isa},
