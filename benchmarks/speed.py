@@ -67,12 +67,12 @@ def by_sites(model: nn.Module, x: Tensor, route: str | Callable[[ConvSite], obje
         else:
             site.run = route(site)  # type: ignore[assignment]
     for pool in graph.pools:
-        pool.route = "separable"
+        pool.route = "kernel"
     run = graph.runner.forward
     return lambda: run(x)
 
 
-def paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None], Tensor]:
+def paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
     """Each split by itself: the Lego filters, then a 1x1 conv with the dense (n, m) matrix."""
     shape, filters, index, gains, bias = site.unit
     g = site.geometry
@@ -82,7 +82,7 @@ def paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None], Tensor]:
         values = torch.ones(index[i].shape) if gains is None else gains[i]
         matrices.append(matrix.scatter_add_(1, index[i], values)[:, :, None, None])
 
-    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, spare: bool) -> Tensor:
         x, padding = g.place(x)
         y = None
         for part, matrix in zip(x.split(shape.width, 1), matrices, strict=True):

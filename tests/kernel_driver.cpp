@@ -17,6 +17,12 @@ struct LegoCall {
   int64_t numbers[14];
 };
 extern "C" int64_t lego_conv2d(const LegoCall*);
+struct PoolCall {
+  const float* x;
+  float* y;
+  int64_t planes, sizes[4], kernel[2], stride[2], pad[2], dilation[2], threads;
+};
+extern "C" int64_t lego_max_pool2d(const PoolCall*);
 extern "C" const char* lego_isa();
 
 static FILE* file;
@@ -31,6 +37,54 @@ static std::vector<T> values() {
   if (!v.empty() && std::fread(v.data(), sizeof(T), v.size(), file) != v.size()) std::exit(3);
   v.shrink_to_fit();
   return v;
+}
+
+// Poolings of all kinds against plain loops; returns how many, or exits.
+static int pool_cases() {
+  int n = 0;
+  uint32_t seed = 1;
+  const auto below = [&](int64_t limit) {
+    seed = seed * 1664525u + 1013904223u;
+    return static_cast<int64_t>(seed >> 16) % limit;
+  };
+  while (n < 300) {
+    PoolCall c{};
+    c.planes = 1 + below(20);
+    c.threads = 1 + below(3);
+    for (int u = 0; u < 2; u++) {
+      c.sizes[u] = 1 + below(70);
+      c.kernel[u] = 1 + below(4);
+      c.stride[u] = 1 + below(3);
+      c.pad[u] = below(c.kernel[u] / 2 + 1);
+      c.dilation[u] = 1 + below(2);
+      const int64_t room = c.sizes[u] + 2 * c.pad[u] - c.dilation[u] * (c.kernel[u] - 1) - 1;
+      c.sizes[2 + u] = room < 0 ? 0 : room / c.stride[u] + 1;
+    }
+    if (!c.sizes[2] || !c.sizes[3]) continue;
+    std::vector<float> x(static_cast<size_t>(c.planes * c.sizes[0] * c.sizes[1]));
+    for (float& a : x) a = static_cast<float>(below(1000)) - 500;
+    std::vector<float> y(static_cast<size_t>(c.planes * c.sizes[2] * c.sizes[3]));
+    c.x = x.data();
+    c.y = y.data();
+    if (lego_max_pool2d(&c)) std::exit(4);
+    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); i++) {
+      const int64_t at[2] = {i / c.sizes[3] % c.sizes[2], i % c.sizes[3]};
+      float expected = -INFINITY;
+      for (int64_t k = 0; k < c.kernel[0] * c.kernel[1]; k++) {
+        const int64_t h = at[0] * c.stride[0] - c.pad[0] + k / c.kernel[1] * c.dilation[0];
+        const int64_t w = at[1] * c.stride[1] - c.pad[1] + k % c.kernel[1] * c.dilation[1];
+        if (h < 0 || w < 0 || h >= c.sizes[0] || w >= c.sizes[1]) continue;
+        const int64_t plane = i / (c.sizes[2] * c.sizes[3]);
+        expected = std::fmax(expected, x[static_cast<size_t>((plane * c.sizes[0] + h) * c.sizes[1] + w)]);
+      }
+      if (y[static_cast<size_t>(i)] != expected) {
+        std::printf("pooling %d: %g, not %g\n", n, y[static_cast<size_t>(i)], expected);
+        std::exit(4);
+      }
+    }
+    n++;
+  }
+  return n;
 }
 
 int main(int argc, char** argv) {
@@ -83,6 +137,7 @@ int main(int argc, char** argv) {
       }
     }
   }
+  if (pool_cases() != 300) return 4;
   std::printf("%s: %lld calls, worst error %.1e\n", lego_isa(), static_cast<long long>(n_cases),
               worst);
   return 0;

@@ -19,6 +19,7 @@ import legocompress as lego
 from benchmarks.coverage import randomise_, source, tensors
 from legocompress import kernels
 from legocompress.deploy.choices import POOL_ROUTES
+from legocompress.deploy.network import deployed_graph
 from legocompress.deploy.site import PoolSite
 from legocompress.errors import CheckpointError, DeployError, UsageError
 from legocompress.models import build
@@ -556,18 +557,42 @@ def test_an_example_that_is_no_image(example: Any) -> None:
 # Parts
 
 
+class Twice(nn.Module):
+    """Two sums with one map: the second alone may overwrite it, and not where it is kept."""
+
+    def __init__(self, keep: bool) -> None:
+        super().__init__()
+        self.keep = keep
+        self.stem, self.one, self.two = conv(3, 8), conv(8, 8), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        y = self.two(self.one(x) + x) + x
+        return y + x.mean() if self.keep else y
+
+
+@pytest.mark.skipif(not kernels.available(), reason=str(kernels.why_unavailable()))
+@pytest.mark.parametrize("keep", [False, True])
+def test_residuals_are_overwritten_only_where_nobody_reads_them(keep: bool) -> None:
+    model = converted(Twice(keep), torch.randn(1, 3, 9, 11))
+    assert check(model, torch.randn(1, 3, 9, 11), only=("fused",)).n_sums == 2
+    calls = [n for n in deployed_graph(model).graph.nodes if n.op == "call_module"]
+    assert [len(node.args) for node in calls if "sites" in node.target] == [1, 2, 2 if keep else 3]
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 3, (2, 3)])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_pooling_by_slices_is_pooling(
-    kernel: Any, stride: int, padding: int, dilation: int
+@pytest.mark.parametrize("size", [(13, 16), (5, 7), (9, 71)])
+def test_every_pooling_is_pooling(
+    kernel: Any, stride: int, padding: int, dilation: int, size: tuple[int, int]
 ) -> None:
     if padding and kernel == 1:
         return
     pool = nn.MaxPool2d(kernel, stride, padding, dilation)
-    x = torch.randn(2, 3, 13, 16)
-    x[0, 0, 3, 4], x[0, 1, 5, 5] = torch.nan, torch.inf
+    x = torch.randn(2, 11, *size)
+    x[0, 0, 3, 4], x[0, 1, 4, 5], x[1, 10] = torch.nan, torch.inf, -torch.inf
     before, site = x.clone(), PoolSite("pool", pool)
     for route in POOL_ROUTES:
         assert torch.equal(site.run(route, x).nan_to_num(7), pool(x).nan_to_num(7))

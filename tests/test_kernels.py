@@ -227,6 +227,28 @@ def test_the_direct_call_and_the_operator_are_one_function() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("transform", ["direct", "winograd"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_residual_is_overwritten_where_it_may_be(transform: str, channels_last: bool) -> None:
+    for size in SIZES:
+        one = case(size=(2, *size), residual=True, channels_last=channels_last, activation="relu")
+        packed = kernels.pack(
+            one.shape, one.lego_filters, one.index, one.coefficients, transform=transform
+        )
+        expected, conv = one.expected(), (one.stride, one.padding, one.dilation)
+        with torch.no_grad():
+            kept = kernels.lego_conv2d(one.x, packed, one.bias, one.residual, *conv, "relu")
+            assert close(kept, expected, 1e-4)
+            assert one.residual is not None
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            spare = one.residual.clone(memory_format=layout)
+            found = kernels.lego_conv2d(one.x, packed, one.bias, spare, *conv, "relu", True)
+        assert torch.equal(found, kept)
+        assert torch.equal(found, spare)
+        assert found.data_ptr() == spare.data_ptr() != kept.data_ptr()
+
+
+@compiled
 def test_opcheck() -> None:
     for channels_last in (False, True):
         one = case(channels_last=channels_last, residual=True)
@@ -393,14 +415,16 @@ def test_a_forked_child_can_run_it() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("isa", ["portable", "sse9"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "sse9"])
 def test_an_instruction_set_can_be_asked_for(isa: str) -> None:
+    if isa == "avx2" and isa not in runnable_isas():
+        pytest.skip("this CPU has no AVX2")
     code = "from legocompress import kernels as k; print(k.why_unavailable() or k.isa())"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True, text=True, timeout=60, env={**os.environ, "LEGOCOMPRESS_ISA": isa},
     )  # fmt: skip
-    assert ("portable" in done.stdout) if isa == "portable" else ("sse9" in done.stdout)
+    assert ("sse9" in done.stdout) if isa == "sse9" else (done.stdout.strip() == isa)
 
 
 def recorded(cases: list[tuple[Case, str, int]]) -> bytes:

@@ -14,10 +14,10 @@ from legocompress import kernels
 
 Format = Literal["nchw", "channels_last"]
 ConvRoute = Literal["assemble", "onednn", "reference", "table", "fused", "winograd"]
-PoolRoute = Literal["plain", "separable"]
+PoolRoute = Literal["plain", "kernel"]
 SiteRoute = ConvRoute | PoolRoute
 DENSE_ROUTES: tuple[ConvRoute, ...] = ("assemble", "onednn")
-POOL_ROUTES: tuple[PoolRoute, ...] = ("plain", "separable")
+POOL_ROUTES: tuple[PoolRoute, ...] = ("plain", "kernel")
 
 Text = Annotated[str, Field(max_length=1000)]
 

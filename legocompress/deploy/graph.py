@@ -124,9 +124,32 @@ def trace(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
                 site = PoolSite(_own_name(found, node), layer)
                 found.pools.append(site)
                 _replace_(found, [node], site, (node.args[0],), node)
+    _spare_residuals_(found)
     graph.lint()
     runner.recompile()
     return found
+
+
+def _spare_residuals_(graph: Graph) -> None:
+    """Tell each layer that reads its residual last that it may write its output there.
+
+    Only where a deployed layer made the residual and deployed layers alone read it: their outputs
+    share no memory with their inputs.
+    """
+    nodes = list(graph.runner.graph.nodes)
+    order = {node: place for place, node in enumerate(nodes)}
+
+    def deployed(node: fx.Node) -> bool:
+        return node.op == "call_module" and str(node.target).startswith("sites.")
+
+    for node in nodes:
+        if not deployed(node) or len(node.args) != 2:
+            continue
+        x, residual = node.args
+        if x is residual or not deployed(residual) or not all(map(deployed, residual.users)):
+            continue
+        if max(order[user] for user in residual.users) == order[node]:
+            node.args = (x, residual, True)
 
 
 class _Shapes(fx.Interpreter):

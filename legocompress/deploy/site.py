@@ -20,7 +20,8 @@ from legocompress.spec import UnitShape
 from legocompress.unit import assemble, merge_by_table, slot_table, split_transform_merge
 
 Activation = Literal["none", "relu", "relu6", "silu"]
-Runner = Callable[[Tensor, Tensor | None], Tensor]
+# Of input, residual, and whether the residual's memory is free for the output.
+Runner = Callable[[Tensor, Tensor | None, bool], Tensor]
 FOLDABLE_NORMS: tuple[type[nn.Module], ...] = (
     nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNormAct2d, FrozenBatchNorm2d,
 )  # fmt: skip
@@ -238,9 +239,12 @@ class ConvSite(nn.Module):
         self._runners = {(self.route, self.format): self.run}
         del self._filters, self._index, self._coefficients
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Run the layer: x (N, c, H, W) and residual (N, n, H', W') give (N, n, H', W')."""
-        return self.run(x, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, spare: bool = False) -> Tensor:
+        """Run the layer: x (N, c, H, W) and residual (N, n, H', W') give (N, n, H', W').
+
+        Nobody reads a `spare` residual any more, so the output may be written in its place.
+        """
+        return self.run(x, residual, spare)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         # The sum is the module's own, so it may be changed in place.
@@ -256,7 +260,7 @@ class ConvSite(nn.Module):
         g, bias, memory = self.geometry, self._bias, LAYOUT[layout]
         weight = self.weight().contiguous(memory_format=memory)
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:
             x, padding = g.place(x)
             x = x.contiguous(memory_format=memory)
             y = F.conv2d(x, weight, bias, g.stride, padding, g.dilation, g.groups)
@@ -279,7 +283,7 @@ class ConvSite(nn.Module):
         fuses_both = self.activation in ("none", "relu")
         after = "relu" if self.activation == "relu" else None
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:
             x, padding = g.place(x)
             if residual is None:
                 y = alone(x, weight, bias, padding, *strides, name, scalars, "")
@@ -299,7 +303,7 @@ class ConvSite(nn.Module):
         filters = self._filters.contiguous(memory_format=memory)
         shape, index, gains, bias = self._shape, self._index, self._coefficients, self._bias
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:
             x, padding = g.place(x)
             x = x.contiguous(memory_format=memory)
             y = split_transform_merge(
@@ -314,7 +318,7 @@ class ConvSite(nn.Module):
         shape, filters, index, gains, bias = self.unit
         tables: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:
             x, padding = g.place(x)
             batch = int(x.shape[0])
             if batch not in tables:
@@ -334,18 +338,20 @@ class ConvSite(nn.Module):
         )
         merge = kernels.lego_conv2d
 
-        def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:
             x, padding = g.place(x)
             x = x.contiguous(memory_format=memory)
             if residual is not None:
                 residual = residual.contiguous(memory_format=memory)
-            return merge(x, packed, bias, residual, g.stride, padding, g.dilation, activation)
+            return merge(
+                x, packed, bias, residual, g.stride, padding, g.dilation, activation, spare
+            )
 
         return run
 
 
 class PoolSite(nn.Module):
-    """A max pooling; PyTorch's own is slow on NCHW maps, where maxima of slices are fast."""
+    """A max pooling; PyTorch's own is slow on NCHW maps."""
 
     def __init__(self, name: str, layer: nn.MaxPool2d) -> None:
         super().__init__()
@@ -355,7 +361,8 @@ class PoolSite(nn.Module):
             (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
             for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         )
-        self.geometry = (kernel, stride, padding, dilation, layer.ceil_mode)
+        self.ceil_mode = layer.ceil_mode
+        self.geometry = (kernel, stride, padding, dilation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool (N, c, H, W)."""
@@ -363,42 +370,17 @@ class PoolSite(nn.Module):
 
     def run(self, route: PoolRoute, x: Tensor) -> Tensor:
         """Pool by a route of either name; both give the same bits."""
-        kernel, stride, padding, dilation, ceil_mode = self.geometry
-        if route == "separable" and not ceil_mode and x.is_contiguous():
-            for axis in (0, 1):
-                across = (kernel[axis], stride[axis], padding[axis], dilation[axis])
-                x = _maxima(x, 2 + axis, *across)
-            return x
-        return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
-
-
-def _maxima(x: Tensor, dim: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
-    """Max pooling along one axis, as maxima of strided slices."""
-    size = x.shape[dim]
-    n_out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    slices = []
-    for tap in range(kernel):
-        offset = tap * dilation - padding
-        first = max(0, -(offset // stride))
-        last = min(n_out - 1, (size - 1 - offset) // stride)
-        if first <= last:
-            start = first * stride + offset
-            stop = last * stride + offset + 1
-            # Not by brackets: tracing them, older PyTorch sets bounds on the other axes, too.
-            part = torch.ops.aten.slice(x, dim, start, stop, stride)
-            slices.append((first, last + 1 - first, part))
-    slices.sort(key=lambda item: -item[1])
-    (_, length, best), *others = slices
-    if length == n_out and others and others[0][1] == n_out:
-        y = torch.maximum(best, others.pop(0)[2])
-    elif length == n_out:
-        y = best.clone(memory_format=torch.contiguous_format)
-    else:
-        shape = list(x.shape)
-        shape[dim] = n_out
-        y = x.new_full(shape, -torch.inf)
-        others = slices
-    for first, length, part in others:
-        target = y.narrow(dim, first, length)
-        torch.maximum(target, part, out=target)
-    return y
+        if (
+            route == "kernel"
+            and type(x) is Tensor
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and x.is_contiguous()
+            and not self.ceil_mode
+            and max(self.geometry[0]) <= kernels.MAX_POOL_KERNEL
+            and kernels.available()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        ):
+            return kernels.max_pool2d(x, *self.geometry)
+        return F.max_pool2d(x, *self.geometry, self.ceil_mode)

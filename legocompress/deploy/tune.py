@@ -104,7 +104,7 @@ class _Tuner(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.fetch_attr(target)
         if isinstance(site, ConvSite) and site.name not in self.times:
-            self.times[site.name] = _site_times(site, self.only, self.layout, *args)
+            self.times[site.name] = _site_times(site, self.only, self.layout, *args[:2])
             best: Any = fastest(self.times[site.name])
             site.use(best, self.layout)
             keep = {best, self._best_of(site, dense=True), self._best_of(site, dense=False)}
@@ -150,7 +150,7 @@ def _site_times(
 ) -> dict[str, list[float]]:
     """Times of the layer's routes on one input, of those whose output is the dense one's."""
     site.prepare("assemble", layout, x)
-    expected = site.runner("assemble", layout)(x, residual)
+    expected = site.runner("assemble", layout)(x, residual, False)
     limit = TOLERANCE * float(expected.abs().max())
     forms: dict[str, Callable[[], object]] = {}
     possible = site.routes(x.device, x.dtype)
@@ -161,13 +161,13 @@ def _site_times(
         try:
             site.prepare(route, layout, x)
             runner = site.runner(route, layout)
-            gap = float((runner(x, residual) - expected).abs().max())
+            gap = float((runner(x, residual, False) - expected).abs().max())
         except RuntimeError:
             continue  # the library refuses this layer
         if gap <= limit:
-            forms[route] = lambda runner=runner: runner(x, residual)  # type: ignore[misc]
+            forms[route] = lambda runner=runner: runner(x, residual, False)  # type: ignore[misc]
     if not forms:
-        forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual)
+        forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual, False)
     rounds = 7 if len(forms) > 1 else 1
     return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3)
 

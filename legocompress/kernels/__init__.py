@@ -3,14 +3,17 @@
 from legocompress.kernels.library import available, isa, why_unavailable
 from legocompress.kernels.operator import ACTIVATIONS, FVCORE_HANDLES, lego_conv2d
 from legocompress.kernels.pack import TRANSFORMS, pack, supports
+from legocompress.kernels.pool import MAX_POOL_KERNEL, max_pool2d
 
 __all__ = [
     "ACTIVATIONS",
     "FVCORE_HANDLES",
+    "MAX_POOL_KERNEL",
     "TRANSFORMS",
     "available",
     "isa",
     "lego_conv2d",
+    "max_pool2d",
     "pack",
     "supports",
     "why_unavailable",

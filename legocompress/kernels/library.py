@@ -6,7 +6,6 @@ import ctypes
 import functools
 import os
 import struct
-import sys
 from pathlib import Path
 
 from legocompress.errors import KernelError
@@ -21,6 +20,8 @@ _FAULTS = {
 }
 # The fields of LegoCall in src/driver.cpp, in order, each of 8 bytes.
 ARGUMENTS = struct.Struct("=21q")
+# The fields of PoolCall there.
+POOL_ARGUMENTS = struct.Struct("=16q")
 
 
 @functools.cache
@@ -39,8 +40,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.lego_isa.argtypes = []
         library.lego_conv2d.restype = ctypes.c_int64
         library.lego_conv2d.argtypes = [ctypes.c_char_p]
-        library.lego_use_openmp.restype = None
-        library.lego_use_openmp.argtypes = [ctypes.c_void_p]
+        library.lego_max_pool2d.restype = ctypes.c_int64
+        library.lego_max_pool2d.argtypes = [ctypes.c_char_p]
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels cannot be loaded: {error}"
     isa = library.lego_isa()
@@ -50,21 +51,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             f"LEGOCOMPRESS_ISA={asked} names no instruction set that this build and CPU have; "
             "unset it, or set it to portable"
         )
-    parallel = _openmp()
-    if parallel is not None:
-        library.lego_use_openmp(parallel)
     return library, isa.decode()
-
-
-def _openmp() -> int | None:
-    """The address of GOMP_parallel of the OpenMP that PyTorch has loaded, if it is of that kind."""
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def available() -> bool:
@@ -99,6 +86,21 @@ def call(arguments: bytes) -> None:
     library, text = _load()
     if library is None:
         raise KernelError(text)
-    status = library.lego_conv2d(arguments)
+    _check(library.lego_conv2d(arguments))
+
+
+def call_pool(arguments: bytes) -> None:
+    """Run one max pooling; the arguments are a PoolCall of src/driver.cpp, by `POOL_ARGUMENTS`.
+
+    Raises:
+        KernelError: there are no compiled kernels, or they refuse the call.
+    """
+    library, text = _load()
+    if library is None:
+        raise KernelError(text)
+    _check(library.lego_max_pool2d(arguments))
+
+
+def _check(status: int) -> None:
     if status:
         raise KernelError(f"the fused kernel refused: {_FAULTS.get(status, f'status {status}')}")

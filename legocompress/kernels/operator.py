@@ -85,6 +85,7 @@ def _run(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    overwrite: bool = False,
 ) -> Tensor:
     sizes, numbers = _geometry(
         x.shape, packed.shape, tuple(stride), tuple(padding), tuple(dilation)
@@ -100,7 +101,6 @@ def _run(
         last = x.is_contiguous(memory_format=torch.channels_last)
         x = x if last else x.contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
-    y = torch.empty(sizes, dtype=torch.float32, memory_format=layout)
     # The kernel reads contiguous blocks; these names keep the copies of any view alive.
     bias_at = residual_at = 0
     if bias is not None:
@@ -111,6 +111,10 @@ def _run(
         _check("residual", residual, sizes)
         residual = residual.contiguous(memory_format=layout)
         residual_at = residual.data_ptr()
+    if overwrite and residual is not None and residual_at != x.data_ptr():
+        y = residual
+    else:
+        y = torch.empty(sizes, dtype=torch.float32, memory_format=layout)
     if sizes[0]:
         arguments = (packed.data_ptr(), packed.numel(), x.data_ptr(), x.shape[1], bias_at)
         rest = (last, code, torch.get_num_threads())
@@ -127,6 +131,7 @@ def lego_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     activation: str,
+    overwrite: bool = False,
 ) -> Tensor:
     """Call the operator of this name, past PyTorch's dispatcher where that would only pass it on.
 
@@ -142,6 +147,8 @@ def lego_conv2d(
         padding: of the conv, two numbers of zero pixels.
         dilation: of the conv, two numbers.
         activation: 'none', 'relu', 'relu6' or 'silu'.
+        overwrite: the output may take the residual's memory, which nobody reads any more; they
+            share none with x.
 
     Raises:
         KernelError: tensors of another dtype, device or size, or a packed buffer that is damaged.
@@ -156,7 +163,7 @@ def lego_conv2d(
         return torch.ops.legocompress.lego_conv2d(  # type: ignore[no-any-return]
             x, packed, bias, residual, stride, padding, dilation, activation
         )
-    return _run(x, packed, bias, residual, stride, padding, dilation, activation)
+    return _run(x, packed, bias, residual, stride, padding, dilation, activation, overwrite)
 
 
 def _lego_conv2d_fake(

@@ -67,7 +67,7 @@ class Buffer {
 };
 thread_local Buffer t_scratch, t_z;
 
-// Sizes of a tile, found by timing on AVX2: its Z in floats, its pixels, the depth of one packed
+// Sizes of a tile, found by timing on AVX2 and AVX-512: its Z in floats, its pixels, the depth of one packed
 // panel, and the Winograd patches that are transformed together.
 constexpr int64_t kTileFloats = 48 * 1024;
 constexpr int64_t kTilePixels = 400;
@@ -231,6 +231,32 @@ Status run(const Conv& v, const Kernel& k, int threads) {
   return job.failed ? kNoMemory : kDone;
 }
 
+struct PoolJob {
+  const Pool* pool;
+  const Kernel* kernel;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+};
+
+void run_pool(void* context) {
+  constexpr int64_t kPlanes = 8;
+  PoolJob& job = *static_cast<PoolJob*>(context);
+  const Pool& p = *job.pool;
+  float* row = t_scratch.floats(p.row_floats + job.kernel->lanes);
+  if (!row) {
+    job.failed = true;
+    return;
+  }
+  for (int64_t first; (first = kPlanes * job.next++) < p.planes;) {
+    job.kernel->max_pool(p, first, std::min(first + kPlanes, p.planes), row);
+  }
+}
+
+int64_t out_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
+  const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
+  return room < 0 ? -1 : room / stride + 1;
+}
+
 }  // namespace
 }  // namespace lego
 
@@ -253,8 +279,6 @@ EXPORT const char* lego_isa() {
   return k ? k->name : nullptr;
 }
 
-EXPORT void lego_use_openmp(void* gomp_parallel) { lego::use_openmp(gomp_parallel); }
-
 // Returns a Status. The caller vouches for the sizes of x, bias, residual and y; all else is checked.
 EXPORT int64_t lego_conv2d(const LegoCall* c) {
   using namespace lego;
@@ -271,12 +295,9 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   for (int64_t pad : {c->pad_h, c->pad_w}) {
     if (pad < 0 || pad > INT32_MAX) return kBadCall;
   }
-  const auto out = [](int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
-    const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
-    return room < 0 ? -1 : room / stride + 1;
-  };
-  if (c->channels != h.channels || c->out_h != out(c->height, c->pad_h, c->dilation_h, h.kernel_h, c->stride_h) ||
-      c->out_w != out(c->width, c->pad_w, c->dilation_w, h.kernel_w, c->stride_w) ||
+  if (c->channels != h.channels ||
+      c->out_h != out_size(c->height, c->pad_h, c->dilation_h, h.kernel_h, c->stride_h) ||
+      c->out_w != out_size(c->width, c->pad_w, c->dilation_w, h.kernel_w, c->stride_w) ||
       c->activation < kNone || c->activation > kSilu) {
     return kBadCall;
   }
@@ -302,4 +323,40 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   const int threads = static_cast<int>(c->threads);
   k->plan(v, threads);
   return run(v, *k, threads);
+}
+
+struct PoolCall {
+  const float* x;
+  float* y;
+  int64_t planes, height, width, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t threads;
+};
+
+// Max pooling. The caller vouches for the sizes of x and y; returns a Status.
+EXPORT int64_t lego_max_pool2d(const PoolCall* c) {
+  using namespace lego;
+  const Kernel* k = kernel();
+  if (!k) return kNoKernel;
+  for (int64_t size : {c->planes, c->height, c->width, c->out_h, c->out_w, c->kernel_h, c->kernel_w,
+                       c->stride_h, c->stride_w, c->dilation_h, c->dilation_w, c->threads}) {
+    if (size < 1 || size > INT32_MAX) return kBadCall;
+  }
+  if (c->kernel_h > kMaxPool || c->kernel_w > kMaxPool || c->pad_h < 0 || c->pad_w < 0 ||
+      2 * c->pad_h > c->kernel_h || 2 * c->pad_w > c->kernel_w ||
+      c->out_h != out_size(c->height, c->pad_h, c->dilation_h, c->kernel_h, c->stride_h) ||
+      c->out_w != out_size(c->width, c->pad_w, c->dilation_w, c->kernel_w, c->stride_w)) {
+    return kBadCall;
+  }
+  Pool p{c->x,        c->y,        c->planes, c->height, c->width,      c->out_h,      c->out_w, c->kernel_h,
+         c->kernel_w, c->stride_h, c->stride_w, c->pad_h,  c->pad_w,      c->dilation_h, c->dilation_w, 0};
+  p.row_floats = c->pad_w + std::max(c->width + c->pad_w,
+                                     (c->out_w + k->lanes) * c->stride_w +
+                                         (c->kernel_w - 1) * c->dilation_w) +
+                 2 * k->lanes;
+  PoolJob job;
+  job.pool = &p;
+  job.kernel = k;
+  on_threads(static_cast<int>(std::min(c->threads, c->planes)), run_pool, &job);
+  return job.failed ? kNoMemory : kDone;
 }

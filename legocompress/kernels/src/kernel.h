@@ -10,6 +10,7 @@ namespace {
 #include "tile.h"
 #include "merge.h"
 #include "winograd.h"
+#include "pool.h"
 
 void plan(Conv& v, int threads) {
   v.head->transform == kWinograd ? plan_winograd(v, threads) : plan_direct(v, threads);
@@ -34,6 +35,8 @@ void merge(const Conv& v, int64_t tile, int64_t first, int64_t last, const float
 }
 }  // namespace
 
-const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS, plan, transform, merge};
+const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS,
+                        plan,      transform,  merge,
+                        max_pool};
 }  // namespace LEGO_ISA
 }  // namespace lego

@@ -51,6 +51,16 @@ struct Conv {
   int64_t tile_floats, tile_pixels_most, depth, patches;
 };
 
+// One max pooling of `planes` maps, checked.
+struct Pool {
+  const float* x;
+  float* y;
+  int64_t planes, height, width, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t row_floats;  // scratch: a padded row, and what the last vectors read past it
+};
+constexpr int64_t kMaxPool = 32;  // kernel height and width
+
 struct Kernel {
   const char* name;
   int lanes, pixels;  // of a vector, of a register tile
@@ -62,6 +72,7 @@ struct Kernel {
   // Output channels [first, last) of one tile: sum rows of Z, add bias and residual, activate.
   void (*merge)(const Conv&, int64_t tile, int64_t first, int64_t last, const float* z,
                 float* scratch);
+  void (*max_pool)(const Pool&, int64_t first, int64_t last, float* row);
 };
 
 // Null where this build has no code for it.

@@ -20,6 +20,9 @@ INLINE void merge_pixels(const float* z, int64_t z_stride, const int32_t* rows,
   }
   const V b = splat(bias);
   int64_t i = 0;
+  // The last vector overlaps the one before, whose sums may stand where the residual was.
+  const bool overlaps = residual && count >= kLanes && count % kLanes;
+  const V last_residual = overlaps ? load(residual + count - kLanes) : V{};
   constexpr int kStrip = 4;
   for (; i + kStrip * kLanes <= count; i += kStrip * kLanes) {
     V s[kStrip];
@@ -52,12 +55,12 @@ INLINE void merge_pixels(const float* z, int64_t z_stride, const int32_t* rows,
     return s;
   };
   for (; i < count; i += kLanes) {
-    // The last pixels by a vector that overlaps the one before.
-    if (count - i < kLanes && count >= kLanes) i = count - kLanes;
+    const bool last = count - i < kLanes && count >= kLanes;
+    if (last) i = count - kLanes;
     V s = sum_at(i);
     const int64_t n = least(kLanes, count - i);
     if (n == kLanes) {
-      if (residual) s += load(residual + i);
+      if (residual) s += last ? last_residual : load(residual + i);
       store(y + i, activated<A>(s));
     } else {
       if (residual) {

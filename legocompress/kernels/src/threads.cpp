@@ -1,10 +1,13 @@
-// Threads. A second OpenMP runtime, or a pool beside PyTorch's, would fight with PyTorch's own
-// threads, which spin for some time after each of its operators: so its runtime is borrowed.
+// Threads of the library's own, that never keep their caller waiting for a thread that has not come:
+// on a busy core it may come milliseconds late, and the caller has done the work by then. OpenMP's
+// threads, PyTorch's too, all meet at the end of each job: there every layer waited for the busiest
+// core.
 #include "threads.h"
 
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -15,9 +18,7 @@
 namespace lego {
 namespace {
 
-typedef void (*GompParallel)(void (*)(void*), void*, unsigned, unsigned);
-std::atomic<GompParallel> g_gomp{nullptr};
-// A forked child has none of its parent's threads, and OpenMP hangs there: it runs on one thread.
+// A forked child has none of its parent's threads: it runs on one.
 std::atomic<bool> g_forked{false};
 
 #ifndef _WIN32
@@ -28,42 +29,86 @@ struct AtFork {
 } g_at_fork;
 #endif
 
-// Workers that sleep between jobs. One job at a time; a second caller runs alone meanwhile.
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// About 50 microseconds: longer than from one layer of a network to the next.
+constexpr int kSpins = 4000;
+
+// One job at a time; a second caller runs alone meanwhile.
 class Pool {
  public:
   void run(int threads, void (*work)(void*), void* context) {
     std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return work(context);
-    {
-      std::lock_guard<std::mutex> hold(mutex_);
+    try {
       while (static_cast<int>(workers_.size()) < threads - 1) {
-        const int number = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, number] { serve(number); });
+        workers_.emplace_back([this] { serve(); });
       }
-      work_ = work;
-      context_ = context;
-      wanted_ = running_ = threads - 1;
-      job_++;
+    } catch (const std::system_error&) {
+      // No more threads are to be had: the job goes on with those that are there.
     }
-    wake_.notify_all();
+    work_ = work;
+    context_ = context;
+    const uint64_t job = (state_.load() / kJob + 1) * kJob;
+    state_ = job + static_cast<uint64_t>(threads - 1) * kPlace;
+    if (asleep_) {
+      std::lock_guard<std::mutex> hold(mutex_);
+      wake_.notify_all();
+    }
     work(context);
+    // Nobody may join any more; who has joined is waited for.
+    uint64_t now = state_.load();
+    while (!state_.compare_exchange_weak(now, now & ~(kPlaces * kPlace))) {
+    }
+    for (int i = 0; i < kSpins; i++) {
+      if (state_.load(std::memory_order_acquire) == job) return;
+      pause();
+    }
     std::unique_lock<std::mutex> hold(mutex_);
-    done_.wait(hold, [this] { return running_ == 0; });
+    done_.wait(hold, [&] { return state_.load() == job; });
   }
 
  private:
-  void serve(int number) {
-    uint64_t seen = 0;
-    std::unique_lock<std::mutex> hold(mutex_);
+  // The state in one word: the number of the job, its free places, and who is at work.
+  static constexpr uint64_t kPlace = 1 << 12, kPlaces = kPlace - 1, kJob = kPlace << 12;
+
+  void serve() {
     for (;;) {
-      wake_.wait(hold, [&] { return job_ != seen; });
-      seen = job_;
-      if (number >= wanted_) continue;
-      hold.unlock();
+      if (!join()) {
+        std::unique_lock<std::mutex> hold(mutex_);
+        asleep_++;
+        wake_.wait(hold, [this] { return places(state_.load()) > 0; });
+        asleep_--;
+        continue;
+      }
       work_(context_);
-      hold.lock();
-      if (--running_ == 0) done_.notify_one();
+      if ((state_.fetch_sub(1) & kPlaces) == 1) {
+        // Empty, so that a caller that is about to sleep sleeps first.
+        { std::lock_guard<std::mutex> hold(mutex_); }
+        done_.notify_one();
+      }
     }
+  }
+
+  static uint64_t places(uint64_t state) { return state / kPlace & kPlaces; }
+
+  // Takes a place of a job, waiting for one a while.
+  bool join() {
+    uint64_t now = state_.load();
+    for (int i = 0; i < kSpins; i++) {
+      while (places(now) > 0) {
+        if (state_.compare_exchange_weak(now, now - kPlace + 1)) return true;
+      }
+      pause();
+      now = state_.load(std::memory_order_relaxed);
+    }
+    return false;
   }
 
   std::mutex turn_, mutex_;
@@ -71,8 +116,8 @@ class Pool {
   std::vector<std::thread> workers_;
   void (*work_)(void*) = nullptr;
   void* context_ = nullptr;
-  int wanted_ = 0, running_ = 0;
-  uint64_t job_ = 0;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int> asleep_{0};
 };
 
 Pool& pool() {
@@ -82,11 +127,8 @@ Pool& pool() {
 
 }  // namespace
 
-void use_openmp(void* gomp_parallel) { g_gomp = reinterpret_cast<GompParallel>(gomp_parallel); }
-
 void on_threads(int threads, void (*work)(void*), void* context) {
   if (threads <= 1 || g_forked) return work(context);
-  if (GompParallel gomp = g_gomp) return gomp(work, context, static_cast<unsigned>(threads), 0);
   pool().run(threads, work, context);
 }
 

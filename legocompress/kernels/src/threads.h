@@ -1,13 +1,10 @@
-// Run a job on several threads: by PyTorch's own OpenMP where it was found, else by a pool of ours.
+// Run a job on several threads: the caller's and those of a pool of the library's own.
 #pragma once
-#include <cstdint>
 
 namespace lego {
 
-// Calls work(context) on up to `threads` threads at once, the caller's among them, and waits.
+// Calls work(context) on up to `threads` threads at once, the caller's among them, and waits for
+// those that came. The caller's own call must be able to do all of the work.
 void on_threads(int threads, void (*work)(void*), void* context);
-
-// The address of GOMP_parallel of the OpenMP runtime that the process already uses.
-void use_openmp(void* gomp_parallel);
 
 }  // namespace lego

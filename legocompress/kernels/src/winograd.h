@@ -14,6 +14,9 @@ INLINE int64_t phase_floats(const Conv& v) {
   return round_up(ceil_div(v.out_w, 4) + 2, kLanes) + kLanes;
 }
 
+// From one frequency to the next: an odd number of lines, or all 36 would fall into one cache set.
+INLINE int64_t frequency_floats(int64_t rows, int64_t stride) { return odd_lines(rows * stride); }
+
 void plan_winograd(Conv& v, int threads) {
   const Header& h = *v.head;
   const Bands b(v);
@@ -30,7 +33,9 @@ void plan_winograd(Conv& v, int threads) {
   v.z_stride = odd_lines(round_up(patches, kPixels));
   v.z_floats = most(1, h.n_rows) * 16 * v.z_stride + kPixels;
   const int64_t rows = 6 * 4 * phase_floats(v) + 4 * phase_floats(v) + 64;
-  v.scratch_floats = kFrequencies * (h.width + most_rows) * v.z_stride + rows + 4 * kPixels;
+  v.scratch_floats = kFrequencies * (frequency_floats(h.width, v.z_stride) +
+                                     frequency_floats(most_rows, v.z_stride)) +
+                     rows + 4 * kPixels;
 }
 
 // B^T d of one row or column of six.
@@ -99,10 +104,12 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
     filters += v.split_rows[i] * most(0, least(h.width, h.channels - i * h.width)) * kFrequencies;
     z_row += v.split_rows[i];
   }
-  float* input = scratch;                                      // (36, channels, stride)
-  float* product = input + kFrequencies * h.width * stride;    // (36, rows, stride)
+  const int64_t input_step = frequency_floats(h.width, stride);
+  const int64_t product_step = frequency_floats(v.split_rows[split], stride);
+  float* input = scratch;                              // (36, channels, stride)
+  float* product = input + kFrequencies * input_step;  // (36, rows, stride)
   const int64_t rows = panels.first(last_panel) - panels.first(first_panel);
-  float* phases = product + kFrequencies * v.split_rows[split] * stride;
+  float* phases = product + kFrequencies * product_step;
   const int64_t floats = phase_floats(v);
   float* row = phases + 6 * 4 * floats;
   for (int64_t i = 0; i < 4 * floats + kLanes; i += kLanes) store(row + i, V{});
@@ -135,7 +142,7 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
           V out[6];
           input_six(half + u * 6, 1, out);
           UNROLL for (int q = 0; q < 6; q++) {
-            store(to + (u * 6 + q) * channels * stride + t, out[q]);
+            store(to + (u * 6 + q) * input_step + t, out[q]);
           }
         }
       }
@@ -148,11 +155,11 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
   for (int64_t f = 0; f < kFrequencies; f++) {
     for (int64_t c0 = 0; c0 == 0 || c0 < channels; c0 += block) {
       const int64_t n = least(block, channels - c0);
-      const float* x = input + (f * channels + c0) * stride;
+      const float* x = input + f * input_step + c0 * stride;
       for (int64_t p = first_panel; p < last_panel; p++) {
         const int64_t mr = panels.height(p);
         const float* a = filters + (f * v.split_rows[split] + panels.first(p)) * channels + c0 * mr;
-        float* z = product + (f * rows + panels.first(p) - panels.first(first_panel)) * stride;
+        float* z = product + f * product_step + (panels.first(p) - panels.first(first_panel)) * stride;
         for (int64_t i = 0; i < patches; i += kPixels) {
           const int64_t nv = least(LEGO_VECTORS, ceil_div(patches - i, kLanes));
           kPanelTile[nv - 1][1][mr - 1](a, n, 1, &no_tap, x + i, stride, dx, z + i, stride, c0 > 0);
@@ -167,7 +174,7 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
       V half[24];
       UNROLL for (int q = 0; q < 6; q++) {
         V column[6], out[4];
-        UNROLL for (int u = 0; u < 6; u++) column[u] = load(from + (u * 6 + q) * rows * stride + t);
+        UNROLL for (int u = 0; u < 6; u++) column[u] = load(from + (u * 6 + q) * product_step + t);
         output_four(column, 1, out);
         UNROLL for (int u = 0; u < 4; u++) half[u * 6 + q] = out[u];
       }
@@ -218,13 +225,16 @@ void merge_bands(const Conv& v, int64_t tile, int64_t first, int64_t last, const
                                ? ((image * v.out_h + y) * v.out_w) * h.n_out + j
                                : ((image * h.n_out + j) * v.out_h + y) * v.out_w;
         const int64_t step = v.channels_last ? h.n_out : 1;
+        // The last vector overlaps the one before, whose sums may stand where the residual was.
+        const bool overlaps = v.residual && step == 1 && v.out_w >= kLanes && v.out_w % kLanes;
+        const V last_residual = overlaps ? load(v.residual + at + v.out_w - kLanes) : V{};
         for (int64_t i = 0; i < v.out_w; i += kLanes) {
-          // The last pixels by a vector that overlaps the one before.
-          if (v.out_w - i < kLanes && v.out_w >= kLanes) i = v.out_w - kLanes;
+          const bool last = step == 1 && v.out_w - i < kLanes && v.out_w >= kLanes;
+          if (last) i = v.out_w - kLanes;
           const int64_t n = least(kLanes, v.out_w - i);
           V s = load(from + i);
           if (n == kLanes && step == 1) {
-            if (v.residual) s += load(v.residual + at + i);
+            if (v.residual) s += last ? last_residual : load(v.residual + at + i);
             store(v.y + at + i, activated<A>(s));
           } else {
             if (v.residual) {

@@ -1,0 +1,42 @@
+"""Max pooling by the compiled kernels: PyTorch's own is slow on NCHW maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from legocompress.errors import KernelError
+from legocompress.kernels.library import POOL_ARGUMENTS, call_pool
+
+MAX_POOL_KERNEL = 32  # kMaxPool in src/lego.h
+Pair = tuple[int, int]
+
+
+def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """`torch.nn.functional.max_pool2d` without ceil_mode, the same bits; it has no gradient.
+
+    Args:
+        x: (N, c, H, W) float32 on the CPU, contiguous.
+        kernel: its height and width, at most 32 each.
+        stride: of the windows.
+        padding: at most half of the kernel.
+        dilation: of the windows.
+
+    Raises:
+        KernelError: another input, a geometry out of these bounds, or no compiled kernels.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4 or not x.is_contiguous():
+        raise KernelError("the pooling kernel runs contiguous float32 maps (N, c, H, W) on the CPU")
+    out = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    if min(out) < 1:
+        raise KernelError(f"an input of {tuple(x.shape)} leaves no output pixel")
+    y = torch.empty((*x.shape[:2], *out), dtype=torch.float32)
+    if x.shape[0] * x.shape[1]:
+        sizes = (x.shape[0] * x.shape[1], *x.shape[2:], *out)
+        geometry = (*kernel, *stride, *padding, *dilation)
+        places = (x.data_ptr(), y.data_ptr())
+        call_pool(POOL_ARGUMENTS.pack(*places, *sizes, *geometry, torch.get_num_threads()))
+    return y

@@ -1,0 +1,62 @@
+// Max pooling of NCHW maps: each output row is the maximum of input rows, then of their columns.
+
+// NaN wins, as it does in PyTorch.
+INLINE V vmax_nan(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
+
+// Planes [first, last). `row` holds p.row_floats floats.
+void max_pool(const Pool& p, int64_t first, int64_t last, float* row) {
+  const V lowest = splat(-__builtin_inff());
+  for (int64_t i = 0; i < p.row_floats; i += kLanes) store(row + i, lowest);
+  float* inside = row + p.pad_w;
+  for (int64_t at = first * p.out_h; at < last * p.out_h; at++) {
+    const int64_t plane = at / p.out_h, top = at % p.out_h * p.stride_h - p.pad_h;
+    const float* from[kMaxPool];
+    int64_t n = 0;
+    for (int64_t k = 0; k < p.kernel_h; k++) {
+      const int64_t y = top + k * p.dilation_h;
+      if (y >= 0 && y < p.height) from[n++] = p.x + (plane * p.height + y) * p.width;
+    }
+    for (int64_t i = 0; i < p.width; i += kLanes) {
+      if (p.width - i < kLanes) {
+        if (p.width < kLanes || !n) {
+          for (; i < p.width; i++) {
+            float most_of = -__builtin_inff();
+            for (int64_t k = 0; k < n; k++) {
+              const float a = from[k][i];
+              if (a > most_of || a != a) most_of = a;
+              if (most_of != most_of) break;
+            }
+            inside[i] = most_of;
+          }
+          break;
+        }
+        i = p.width - kLanes;  // the last columns by a vector that overlaps the one before
+      }
+      V m = lowest;
+      for (int64_t k = 0; k < n; k++) m = vmax_nan(load(from[k] + i), m);
+      store(inside + i, m);
+    }
+    float* y = p.y + at * p.out_w;
+    for (int64_t i = 0; i < p.out_w; i += kLanes) {
+      if (p.out_w - i < kLanes && p.out_w >= kLanes) i = p.out_w - kLanes;
+      V m = lowest;
+      for (int64_t k = 0; k < p.kernel_w; k++) {
+        const float* q = row + i * p.stride_w + k * p.dilation_w;
+        V a;
+        if (p.stride_w == 1) {
+          a = load(q);
+        } else if (p.stride_w == 2) {
+          a = even_lanes(load(q), load(q + kLanes));
+        } else {
+          UNROLL for (int u = 0; u < kLanes; u++) a[u] = q[u * p.stride_w];
+        }
+        m = vmax_nan(a, m);
+      }
+      if (p.out_w - i >= kLanes) {
+        store(y + i, m);
+      } else {
+        for (int64_t u = 0; u < p.out_w - i; u++) y[i + u] = m[u];
+      }
+    }
+  }
+}
