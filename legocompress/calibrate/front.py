@@ -15,6 +15,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -158,7 +159,7 @@ class Front:
                 if any(name.startswith(f"{stub}.") for stub in stubs):
                     continue
                 stubs.append(name)
-                zeros = partial(value.new_zeros, (len(value), *step.shape))
+                zeros = partial(_zeros, value, (len(value), *step.shape))
                 # A copy each time: the network may work in place.
                 make = value.clone if name == cut else zeros
                 module.__dict__["forward"] = lambda *_, make=make, **__: make()
@@ -167,6 +168,14 @@ class Front:
         finally:
             for module in replaced:
                 del module.__dict__["forward"]
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros of this device and type; on a CPU the system gives memory only where it is touched."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    n_bytes = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(like.dtype).reshape(shape)
 
 
 class _Reached(Exception):
