@@ -29,7 +29,7 @@ from typing import Any
 import fashion
 import rivals
 import torch
-from photos import ARCHITECTURES, agreement_rows, open_network, views
+from photos import NETWORKS, agreement_rows, open_network, views
 
 import legocompress as lego
 from legocompress.calibrate import EPOCHS
@@ -382,7 +382,7 @@ def _parse() -> argparse.Namespace:
     real = commands.add_parser("networks", parents=[both])
     real.add_argument("--weights-dir", type=Path, required=True)
     real.add_argument("--photos", type=Path, required=True, help="folder")
-    real.add_argument("--network", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    real.add_argument("--network", nargs="+", choices=NETWORKS, default=NETWORKS)
     real.add_argument("--k", nargs="+", type=int, default=[1, 4, 8])
     real.add_argument("--m", type=float, default=0.5)
     real.add_argument("--o", type=int, default=2)

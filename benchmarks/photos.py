@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
 from torchvision.transforms import RandomResizedCrop
 
 import legocompress as lego
@@ -31,13 +33,25 @@ ARCHITECTURES: dict[str, tuple[str, int | None, dict[str, Any]]] = {
     "tf_efficientnet_lite0": ("timm/tf_efficientnet_lite0", None, {}),
     "resnet50_embed768": ("timm/resnet50", 768, {}),
 }
+FEATURES = "vgg16_features"  # the convs of torchvision's VGG-16 alone
+NETWORKS = (*ARCHITECTURES, FEATURES)
 
 
 def open_network(name: str, folder: Path, file: str | None = None) -> nn.Module:
-    """One of `ARCHITECTURES` with the weights of its file."""
-    architecture, outputs, preprocess = ARCHITECTURES[name]
+    """One of `NETWORKS` with the weights of its file."""
     path = folder / (file or f"{name}.safetensors")
+    if name == FEATURES:
+        return _features(path)
+    architecture, outputs, preprocess = ARCHITECTURES[name]
     return lego.create(architecture, path, num_classes=outputs, preprocess=preprocess)
+
+
+def _features(path: Path) -> nn.Module:
+    network: Any = make_layers(cfgs["D"])
+    network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    network.pretrained_cfg = {"input_size": (3, 224, 224), "first_conv": "0", **SQUEEZENET}
+    checked: nn.Module = network
+    return checked
 
 
 def views(
