@@ -43,7 +43,8 @@ def calibrated(architecture: str, given: dict[str, Any], k: int, images: Any) ->
     dense = lego.create(architecture, **given)
     model = copy.deepcopy(dense)
     lego.convert_(model, lego.plan(model, lego.LegoSpec(m=0.5, o=2, k=k)))
-    return lego.calibrate_(model, dense, torch.cat([x for x, _ in images.batches(64)]))
+    lego.calibrate_(model, dense, torch.cat([x for x, _ in images.batches(64)]))
+    return model
 
 
 def both(model: nn.Module, data: Path | None, demo: Any) -> tuple[Images, Images]:
