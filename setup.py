@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("legocompress/kernels/src")
@@ -75,6 +76,14 @@ class BuildKernels(build_ext):
         )
 
 
+class TagWheel(bdist_wheel):
+    """Tag the wheel for the platform alone: no part of it asks for one Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, ABI and platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -85,5 +94,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"bdist_wheel": TagWheel, "build_ext": BuildKernels},
 )

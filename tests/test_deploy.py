@@ -557,6 +557,16 @@ def test_an_example_that_is_no_image(example: Any) -> None:
 # Parts
 
 
+def test_missing_kernels_are_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    monkeypatch.setattr(kernels, "why_unavailable", lambda: "there was no compiler")
+    for _ in range(2):
+        check(converted(Block(), torch.randn(1, 3, 9, 11)), torch.randn(1, 3, 9, 11))
+    assert [record.message for record in caplog.records] == [
+        "deploy_ goes on without the fused kernel, slower: there was no compiler"
+    ]
+
+
 class Twice(nn.Module):
     """Two sums with one map: the second alone may overwrite it, and not where it is kept."""
 

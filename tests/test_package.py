@@ -199,6 +199,14 @@ def test_the_installed_top_level_names_are_two(wheel: zipfile.ZipFile) -> None:
     assert sum(top.endswith(".dist-info") for top in tops) == 1
 
 
+def test_the_wheel_fits_every_python_of_its_platform(wheel: zipfile.ZipFile) -> None:
+    (about,) = (name for name in wheel.namelist() if name.endswith(".dist-info/WHEEL"))
+    tags = [line for line in wheel.read(about).decode().splitlines() if line.startswith("Tag: ")]
+    assert len(tags) == 1
+    assert tags[0].startswith("Tag: py3-none-")
+    assert not tags[0].endswith("-any")
+
+
 def test_the_wheel_holds_every_source_and_the_demo(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in SOURCES}

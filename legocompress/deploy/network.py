@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from legocompress import kernels
 from legocompress.conv import Replacement, lego_modules
 from legocompress.deploy.choices import Choices, ConvRoute, Format, this_machine
 from legocompress.deploy.graph import Graph, trace
@@ -88,6 +91,9 @@ def deploy_(
     model.eval()
     args = _arguments(model, example_input)
     machine = this_machine(_tensors(args))
+    missing = kernels.why_unavailable()
+    if missing is not None and _tensors(args)[0].device.type == "cpu":
+        _tell_once(f"deploy_ goes on without the fused kernel, slower: {missing}")
     graphs, notes = _graphs(model, args)
     hints: tuple[Choices, ...] = getattr(model, "lego_choices", ())
     known = choices
@@ -139,6 +145,11 @@ def deploy_(
         hint_used=choices is None and known is not None,
     )
     return model
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logging.getLogger("legocompress").warning(message)
 
 
 def undeploy_(model: ModelT) -> ModelT:
