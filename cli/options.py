@@ -87,11 +87,6 @@ calibration_options: Callable[[CommandT], CommandT] = _stack(
             help="Labelled images on which to tell accuracy before and after; no step uses them.",
         ),
         click.option(
-            "--labelled",
-            metavar="DATA",
-            help="Labelled images on which to tell accuracy before and after; no step uses them.",
-        ),
-        click.option(
             "-b",
             "--batch-size",
             type=click.IntRange(1),
