@@ -28,6 +28,7 @@ LAYERS = [
     "kernels.library",
     "kernels.operator",
     "kernels.pack",
+    "kernels.pool",
     "kernels.triton_merge",
     "kernels",
     "conv",
