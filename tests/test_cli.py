@@ -554,8 +554,10 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
+# A shell starts what runs in its background with interrupts ignored; so may these tests run.
 STARTED = """
-import sys
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from legocompress_cli.main import main
 print("ready", flush=True)
 main()
