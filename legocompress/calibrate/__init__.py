@@ -6,6 +6,7 @@ its Lego unit to them (`solve.py`); `joint.py` re-estimates norms and tunes all 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -28,6 +29,8 @@ from legocompress.probe import evaluating
 __all__ = ["FEWEST", "Calibration", "LayerRepair", "calibrate_", "gather", "synthesise"]
 
 EPOCHS = 32
+RATES = (4e-3, 1e-3)  # of tuning; a network without norms falls apart at the higher one
+TRIAL = 16  # a trial of a rate takes one part in so many of the passes
 STEPS = 32  # at least, in a pass over the images, as long as a step has a few
 FEW = 4
 FEWEST = 2 * HELD_OUT  # images
@@ -90,7 +93,8 @@ def calibrate_(
         original: the same architecture with the original weights, on the same device.
         images: (N, c, H, W), preprocessed; `gather` makes them of batches.
         seed: of sampled pixels, clustering and the order of batches.
-        epochs: passes over the images of the last step; 0 leaves it out.
+        epochs: passes over the images of the last step; 0 leaves it out. The better of two rates
+            is found by up to an eighth more, or by a pass with each where there are few.
         batch_size: images that run at once; fewer in the last step where there are few in all.
         synthetic: for the record: the images are no photos.
         journal: folder that keeps each repaired layer, so that an interrupted run goes on there
@@ -133,7 +137,22 @@ def calibrate_(
         def tune() -> None:
             values, points = lego_values(model), front.passed
             size = min(batch_size, max(FEW, len(used) // STEPS))
-            tune_(model, original, used, values, points, epochs, size, seed, on_batch)
+            run = partial(tune_, model, original, used, values, points, batch_size=size, seed=seed)
+            steps = math.ceil(len(used) / size)
+            trial = max(1, epochs // TRIAL)
+            total = (len(RATES) * trial + epochs) * steps
+
+            def told(before: int) -> Callable[[int, int], None] | None:
+                return None if on_batch is None else lambda done, _: on_batch(before + done, total)
+
+            start = _state(model)
+            errors: dict[float, float] = {}
+            for n, rate in enumerate(RATES):
+                run(epochs=trial, rate=rate, on_batch=told(n * trial * steps))
+                errors[rate] = judge()
+                model.load_state_dict(start)
+            rate = min(RATES, key=lambda rate: (not math.isfinite(errors[rate]), errors[rate]))
+            run(epochs=epochs, rate=rate, on_batch=told(len(RATES) * trial * steps))
             for _, layer in lego_modules(model):
                 write_(layer, unit_of(layer))  # as the storage types hold the values
 
@@ -167,9 +186,14 @@ def _keep_if_better(
 ) -> bool:
     """Change the model, and change it back unless `judge` falls; whether it stays."""
     before = judge()
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state = _state(model)
     change()
     if judge() < before:
         return True
     model.load_state_dict(state)
     return False
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the values of a network."""
+    return {key: value.clone() for key, value in model.state_dict().items()}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-RATE = 4e-3
 WARM_UP = 0.1
 OUTPUTS = 0.25  # weight of the network's outputs against the mean of the maps before them
 
@@ -74,7 +73,7 @@ def tune_(
     batch_size: int,
     seed: int,
     on_batch: Callable[[int, int], None] | None = None,
-    rate: float = RATE,
+    rate: float = 4e-3,
 ) -> None:
     """Tune values of all layers together, towards the original's maps.
 
