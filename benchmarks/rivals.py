@@ -28,7 +28,12 @@ from torch.nn.utils import parametrize
 import legocompress as lego
 from legocompress.calibrate import _keep_if_better
 from legocompress.calibrate.front import Front, steps
-from legocompress.calibrate.joint import output_error, reestimate_norms_, tune_
+from legocompress.calibrate.joint import (
+    RATES,
+    output_error,
+    reestimate_norms_,
+    tune_,
+)
 from legocompress.calibrate.layers import DAMPING, HELD_OUT, SAMPLES, _sample
 from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.stream import run_to
@@ -37,7 +42,6 @@ from legocompress.measure import fvcore_macs
 from legocompress.probe import default_input, evaluating
 
 METHODS = ("svd", "tucker", "pruning", "palette")
-RATES = (4e-3, 1e-3)  # learning rates tried for each rival; the first is that of Lego filters
 BATCH = 32
 PALETTE_BITS = 4
 MOST_PRUNED = 0.95  # of a layer, where layers are ranked together

@@ -461,9 +461,29 @@ def test_tuning_leaves_layouts_as_they_were(layout: torch.memory_format) -> None
     strides = [p.stride() for n in (student, original) for p in n.parameters()]
     values, images = lego_values(student), torch.randn(16, 3, 12, 12)
     before = joint.output_error(student, original, [images])
-    joint.tune_(student, original, images, values, [], 6, 8, 0)
+    joint.tune_(student, original, images, values, [], 6, 8, 0, rate=4e-3)
     assert joint.output_error(student, original, [images]) < before
     assert [p.stride() for n in (student, original) for p in n.parameters()] == strides
+
+
+@pytest.mark.parametrize("rates", [(1e6, 4e-3), (4e-3, 1e6)])
+def test_tuning_takes_the_rate_that_serves_better(
+    monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]
+) -> None:
+    original, images = Odd().eval(), torch.randn(40, 3, 12, 12)
+    alone, chosen = converted(original), converted(original)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(joint, "RATES", (4e-3,))
+    lego.calibrate_(alone, original, images, epochs=2)
+    monkeypatch.setattr(joint, "RATES", rates)
+    record = lego.calibrate_(
+        chosen, original, images, epochs=2, on_batch=lambda *counts: told.append(counts)
+    )
+    assert record.epochs == 2
+    for name, value in alone.state_dict().items():
+        assert torch.equal(chosen.state_dict()[name], value), name
+    steps = 4 * 8  # two trials of a pass and two passes; 32 images by fours
+    assert told == [(done + 1, steps) for done in range(steps)]
 
 
 def test_norm_statistics_are_those_of_the_images() -> None:

@@ -6,7 +6,6 @@ its Lego unit to them (`solve.py`); `joint.py` re-estimates norms and tunes all 
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from legocompress.calibrate.front import Front
-from legocompress.calibrate.joint import agreement, output_error, reestimate_norms_, tune_
+from legocompress.calibrate.joint import (
+    agreement,
+    copy_of_state,
+    output_error,
+    reestimate_norms_,
+    tune_,
+    tune_at_better_rate_,
+)
 from legocompress.calibrate.journal import Journal, digest, state_of
 from legocompress.calibrate.layers import HELD_OUT, repair_layers, unit_of, write_
 from legocompress.calibrate.record import Calibration, LayerRepair
@@ -29,8 +35,6 @@ from legocompress.probe import evaluating
 __all__ = ["FEWEST", "Calibration", "LayerRepair", "calibrate_", "gather", "synthesise"]
 
 EPOCHS = 32
-RATES = (4e-3, 1e-3)  # of tuning; a network without norms falls apart at the higher one
-TRIAL = 16  # a trial of a rate takes one part in so many of the passes
 STEPS = 32  # at least, in a pass over the images, as long as a step has a few
 FEW = 4
 FEWEST = 2 * HELD_OUT  # images
@@ -138,21 +142,7 @@ def calibrate_(
             values, points = lego_values(model), front.passed
             size = min(batch_size, max(FEW, len(used) // STEPS))
             run = partial(tune_, model, original, used, values, points, batch_size=size, seed=seed)
-            steps = math.ceil(len(used) / size)
-            trial = max(1, epochs // TRIAL)
-            total = (len(RATES) * trial + epochs) * steps
-
-            def told(before: int) -> Callable[[int, int], None] | None:
-                return None if on_batch is None else lambda done, _: on_batch(before + done, total)
-
-            start = _state(model)
-            errors: dict[float, float] = {}
-            for n, rate in enumerate(RATES):
-                run(epochs=trial, rate=rate, on_batch=told(n * trial * steps))
-                errors[rate] = judge()
-                model.load_state_dict(start)
-            rate = min(RATES, key=lambda rate: (not math.isfinite(errors[rate]), errors[rate]))
-            run(epochs=epochs, rate=rate, on_batch=told(len(RATES) * trial * steps))
+            tune_at_better_rate_(model, run, judge, epochs, on_batch)
             for _, layer in lego_modules(model):
                 write_(layer, unit_of(layer))  # as the storage types hold the values
 
@@ -186,14 +176,9 @@ def _keep_if_better(
 ) -> bool:
     """Change the model, and change it back unless `judge` falls; whether it stays."""
     before = judge()
-    state = _state(model)
+    state = copy_of_state(model)
     change()
     if judge() < before:
         return True
     model.load_state_dict(state)
     return False
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the values of a network."""
-    return {key: value.clone() for key, value in model.state_dict().items()}

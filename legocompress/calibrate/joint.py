@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+RATES = (4e-3, 1e-3)  # a network without norms falls apart at the higher one
+TRIAL = 16  # the trial of a rate takes one part in so many of the passes
 WARM_UP = 0.1
 OUTPUTS = 0.25  # weight of the network's outputs against the mean of the maps before them
 
@@ -72,8 +74,8 @@ def tune_(
     epochs: int,
     batch_size: int,
     seed: int,
+    rate: float,
     on_batch: Callable[[int, int], None] | None = None,
-    rate: float = 4e-3,
 ) -> None:
     """Tune values of all layers together, towards the original's maps.
 
@@ -91,8 +93,8 @@ def tune_(
         epochs: passes over the images.
         batch_size: images of a step.
         seed: of the images' order and of how they are varied.
-        on_batch: called with batches done and in all.
         rate: the highest learning rate.
+        on_batch: called with batches done and in all.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     n_steps = epochs * math.ceil(len(images) / batch_size)
@@ -127,6 +129,50 @@ def tune_(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+def tune_at_better_rate_(
+    model: nn.Module,
+    run: Callable[..., None],
+    judge: Callable[[], float],
+    epochs: int,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> None:
+    """Try each of `RATES` for a few passes, then tune at the one of least error.
+
+    Args:
+        model: that `run` changes.
+        run: `tune_`, with all arguments but epochs, rate and on_batch.
+        judge: the error of the model; it may be no finite number.
+        epochs: passes after the trials.
+        on_batch: called with batches done and in all, trials included.
+    """
+    trial = max(1, epochs // TRIAL)
+    passes = [trial] * len(RATES) + [epochs]
+
+    def told(stage: int) -> Callable[[int, int], None] | None:
+        if on_batch is None:
+            return None
+
+        def tell(done: int, of: int) -> None:
+            a_pass = of // passes[stage]
+            on_batch(a_pass * sum(passes[:stage]) + done, a_pass * sum(passes))
+
+        return tell
+
+    start = copy_of_state(model)
+    errors = {}
+    for stage, rate in enumerate(RATES):
+        run(epochs=trial, rate=rate, on_batch=told(stage))
+        error = judge()
+        errors[rate] = error if math.isfinite(error) else math.inf
+        model.load_state_dict(start)
+    run(epochs=epochs, rate=min(RATES, key=errors.__getitem__), on_batch=told(len(RATES)))
+
+
+def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the parameters and buffers of a network."""
+    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def _one_cycle(n_steps: int, step: int) -> float:
