@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 
 import legocompress as lego
 from legocompress.calibrate import _keep_if_better
+from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front, steps
 from legocompress.calibrate.joint import (
     RATES,
@@ -34,7 +35,7 @@ from legocompress.calibrate.joint import (
     reestimate_norms_,
     tune_,
 )
-from legocompress.calibrate.layers import DAMPING, HELD_OUT, SAMPLES, _sample
+from legocompress.calibrate.layers import DAMPING, HELD_OUT, SAMPLES, sample
 from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.stream import run_to
 from legocompress.codec import encode
@@ -374,7 +375,9 @@ def compress(
 
         def tune(rate: float) -> None:
             values = list(network.parameters())
-            tune_(network, original, used, values, alike, epochs, BATCH, seed, rate=rate)
+            convs = [m for m in network.modules() if type(m) is nn.Conv2d]
+            bases = input_bases(network, convs, used)
+            tune_(network, original, used, values, alike, epochs, BATCH, seed, rate, bases)
 
         with evaluating(network):
             rate = _best_rate(network, judges[best], tune, rates if epochs else ())
@@ -425,7 +428,7 @@ def _moments(front: Front, name: str, kept: Tensor | None, seed: int) -> tuple[M
     for original, student, images in front.batches():
         (target,) = run_to(original, original.get_submodule(name), 1, images)
         (call,) = run_to(student, conv, 1, images)
-        image, position = _sample(len(images), math.prod(call.size), per_image, generator)
+        image, position = sample(len(images), math.prod(call.size), per_image, generator)
         x = call.patches(image, position, conv.in_channels)
         wanted = target.patches(image, position, target.weight.shape[1])
         y = wanted @ target.weight.flatten(1).T

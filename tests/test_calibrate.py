@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import legocompress as lego
 from legocompress.calibrate import FEWEST, gather, joint, layers, lego_values
+from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.journal import Journal
 from legocompress.calibrate.moments import Moments
@@ -440,9 +441,9 @@ def test_dead_channels_and_fewer_samples_than_inputs_do_no_harm() -> None:
 def test_images_are_mirrored_and_blended() -> None:
     images = torch.arange(64.0).reshape(64, 1, 1, 1).expand(-1, 3, 2, 2).clone()
     images[..., 1] += 1000.0  # tells the sides apart
-    varied = joint._varied(images, torch.Generator().manual_seed(0))
+    varied = joint._varied(images, torch.Generator().manual_seed(0), blend=True)
     assert varied.is_contiguous(memory_format=torch.channels_last)
-    again = joint._varied(images, torch.Generator().manual_seed(0))
+    again = joint._varied(images, torch.Generator().manual_seed(0), blend=True)
     assert torch.equal(varied, again)
     sides = (varied[:, 0, 0, 1] - varied[:, 0, 0, 0]) / 1000  # 1 as it was, -1 mirrored
     assert bool((sides.abs() <= 1 + 1e-4).all())
@@ -452,6 +453,10 @@ def test_images_are_mirrored_and_blended() -> None:
     level = varied.mean((1, 2, 3)) - 500.0
     assert bool((level >= torch.minimum(own, before) - 0.1).all())
     assert bool((level <= torch.maximum(own, before) + 0.1).all())
+    pure = joint._varied(images, torch.Generator().manual_seed(0), blend=False)
+    mirrored = (pure == images.flip(3)).flatten(1).all(1)
+    assert bool((mirrored | (pure == images).flatten(1).all(1)).all())
+    assert 16 < int(mirrored.sum()) < 48
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -461,9 +466,32 @@ def test_tuning_leaves_layouts_as_they_were(layout: torch.memory_format) -> None
     strides = [p.stride() for n in (student, original) for p in n.parameters()]
     values, images = lego_values(student), torch.randn(16, 3, 12, 12)
     before = joint.output_error(student, original, [images])
-    joint.tune_(student, original, images, values, [], 6, 8, 0, rate=4e-3)
+    bases = input_bases(student, [layer for _, layer in lego.lego_modules(student)], images)
+    joint.tune_(student, original, images, values, [], 6, 8, 0, 4e-3, bases)
     assert joint.output_error(student, original, [images]) < before
     assert [p.stride() for n in (student, original) for p in n.parameters()] == strides
+
+
+def test_filters_are_tuned_where_their_inputs_are_uncorrelated() -> None:
+    mix = torch.randn(6, 6)
+    images = torch.einsum("ij,njhw->nihw", mix, torch.randn(32, 6, 8, 8))
+    model = nn.Sequential(nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+    lego.convert_(model, lego.plan(model, lego.LegoSpec(m=0.5, o=2, only=["0"])))
+    (_, layer), *_ = lego.lego_modules(model)
+    assert isinstance(model[1], nn.Conv2d)
+    bases = input_bases(model, [layer, model[1]], images)
+    fragments = F.unfold(images, 3, padding=1).mT.reshape(-1, 27).double()
+    inputs = model[0](images).detach().movedim(1, 3).reshape(-1, 8).double()
+    for filters, seen in ((layer.lego_filters, fragments), (model[1].weight, inputs)):
+        basis = bases[filters].double()
+        torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis)).double())
+        turned = basis.T @ (seen.T @ seen) @ basis
+        assert (turned - turned.diag().diag()).norm() < 1e-3 * turned.norm()
+
+
+def test_filters_that_saw_nothing_finite_are_tuned_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    assert not input_bases(model, [model[0]], torch.full((4, 3, 2, 2), torch.nan))
 
 
 @pytest.mark.parametrize("rates", [(1e6, 4e-3), (4e-3, 1e6)])

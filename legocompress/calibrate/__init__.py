@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.joint import (
     agreement,
@@ -139,9 +140,18 @@ def calibrate_(
         norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, batches))
 
         def tune() -> None:
-            values, points = lego_values(model), front.passed
             size = min(batch_size, max(FEW, len(used) // STEPS))
-            run = partial(tune_, model, original, used, values, points, batch_size=size, seed=seed)
+            run = partial(
+                tune_,
+                model,
+                original,
+                used,
+                lego_values(model),
+                front.passed,
+                batch_size=size,
+                seed=seed,
+                bases=input_bases(model, [layer for _, layer in lego_modules(model)], used),
+            )
             tune_at_better_rate_(model, run, judge, epochs, on_batch)
             for _, layer in lego_modules(model):
                 write_(layer, unit_of(layer))  # as the storage types hold the values

@@ -6,7 +6,7 @@ No label is read. Either step stays only where images that it did not use say th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-RATES = (4e-3, 1e-3)  # a network without norms falls apart at the higher one
+RATES = (8e-3, 1e-3)  # a network without norms falls apart at the higher one
 TRIAL = 16  # the trial of a rate takes one part in so many of the passes
 WARM_UP = 0.1
+PURE = 0.25  # share of the steps, at the end, that see images as they are
 OUTPUTS = 0.25  # weight of the network's outputs against the mean of the maps before them
 
 
@@ -75,14 +76,15 @@ def tune_(
     batch_size: int,
     seed: int,
     rate: float,
+    bases: Mapping[nn.Parameter, Tensor],
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
     """Tune values of all layers together, towards the original's maps.
 
     Minimises the squared error of what the modules `points` and the network put out, each divided
     by its variance, the network's own weighing less, by Adam with a one-cycle rate. Images are
-    mirrored at random and blended by pairs, since the original tells what it does on any image.
-    Nothing but `values` changes.
+    mirrored at random and, but for the last quarter of the steps, blended by pairs, since the
+    original tells what it does on any image. Nothing but `values` changes.
 
     Args:
         model: in eval mode; changed in place.
@@ -94,11 +96,19 @@ def tune_(
         batch_size: images of a step.
         seed: of the images' order and of how they are varied.
         rate: the highest learning rate.
+        bases: of some of the values, (r, ...) of D numbers a row: orthogonal matrices (D, D) in
+            whose coordinates Adam sees the rows; `input_bases` makes them.
         on_batch: called with batches done and in all.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     n_steps = epochs * math.ceil(len(images) / batch_size)
-    optimiser = torch.optim.Adam(values, rate)
+    turned = [
+        (value, bases[value], nn.Parameter(value.detach().flatten(1) @ bases[value]))
+        for value in values
+        if value in bases
+    ]
+    plain = [value for value in values if value not in bases]
+    optimiser = torch.optim.Adam([*plain, *(rows for _, _, rows in turned)], rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_one_cycle, n_steps))
     generator = torch.Generator().manual_seed(seed)
     orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
@@ -110,7 +120,8 @@ def tune_(
             value.requires_grad_(True)
         with _channels_last(model, original):
             for step, chosen in enumerate(batches):
-                inputs = _varied(images[chosen.to(images.device)], generator)
+                blend = step < (1 - PURE) * n_steps
+                inputs = _varied(images[chosen.to(images.device)], generator, blend)
                 with torch.no_grad():
                     wanted = _maps(original, points, inputs)
                 with torch.enable_grad():
@@ -119,10 +130,16 @@ def tune_(
                     parts, ends = losses[: len(points)], losses[len(points) :]
                     shares = [part / len(parts) for part in parts] + [OUTPUTS * end for end in ends]
                     loss = torch.stack(shares).sum()
-                    optimiser.zero_grad()
+                    for value in values:
+                        value.grad = None
                     loss.backward()  # type: ignore[no-untyped-call]
+                for value, basis, rows in turned:
+                    rows.grad = None if value.grad is None else value.grad.flatten(1) @ basis
                 optimiser.step()
                 schedule.step()
+                with torch.no_grad():
+                    for value, basis, rows in turned:
+                        value.copy_((rows @ basis.T).reshape(value.shape))
                 if on_batch is not None:
                     on_batch(step + 1, n_steps)
     finally:
@@ -181,11 +198,12 @@ def _one_cycle(n_steps: int, step: int) -> float:
     return rise * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images, and blend each with the one before, which is any other."""
+def _varied(images: Tensor, generator: torch.Generator, blend: bool) -> Tensor:
+    """Mirror half of the images; or also blend each with the one before, which is any other."""
     draws = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images)
     images = torch.where(draws[0] < 0.5, images.flip(3), images)
-    images = torch.lerp(images, images.roll(1, 0), draws[1])
+    if blend:
+        images = torch.lerp(images, images.roll(1, 0), draws[1])
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -94,7 +94,7 @@ def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Mom
     for theirs, ours in _calls(front, name):
         per_call = -(-per_image // len(ours))
         for target, call in zip(theirs, ours, strict=True):
-            image, position = _sample(len(call.x), math.prod(call.size), per_call, generator)
+            image, position = sample(len(call.x), math.prod(call.size), per_call, generator)
             held = (image + first) % HELD_OUT == HELD_OUT - 1
             filters = _padded(layer, target.weight)
             x = call.patches(image, position, channels).float()
@@ -138,7 +138,7 @@ def write_(layer: LegoModule, unit: Unit) -> None:
     layer.frozen_weight = None
 
 
-def _sample(
+def sample(
     n_images: int, n_pixels: int, per_image: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Pixels of every image, without repetition: image (P,) and position (P,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,3 +133,32 @@ def run_to(model: nn.Module, layer: nn.Module, n_calls: int, images: Tensor) -> 
         for hook in hooks:
             hook.remove()
     return catch.calls
+
+
+def hear_convs(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    images: Tensor,
+    on_conv: Callable[[nn.Module, Call], None],
+) -> None:
+    """Run `model` on images and tell each conv that one of the layers runs, with its layer."""
+    catch = _Catch()
+
+    def enter(*_: object) -> None:
+        catch.entered = True
+
+    def leave(layer: nn.Module, *_: object) -> None:
+        catch.entered = False
+        for call in catch.calls:
+            on_conv(layer, call)
+        catch.calls.clear()
+
+    hooks = []
+    for layer in layers:
+        hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    try:
+        with catch, torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()

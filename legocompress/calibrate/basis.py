@@ -1,0 +1,60 @@
+"""The coordinates in which filters are tuned: those in which their inputs are uncorrelated.
+
+Neighbouring pixels and channels say much the same, so a step that Adam takes along one weight after
+the other moves the outputs far in some directions and hardly in others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from legocompress.calibrate.layers import sample
+from legocompress.calibrate.stream import Call, hear_convs
+from legocompress.conv import LegoModule
+
+IMAGES = 64
+SAMPLES = 4_096
+WIDEST = 1_152  # of a fragment; eigenvectors cost its cube
+
+
+def input_bases(
+    model: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear | LegoModule], images: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Eigenvectors of the second moments of what the filters of each layer see.
+
+    Args:
+        model: in eval mode.
+        layers: Lego layers, whose Lego filters see the fragments of all splits, or plain convs.
+        images: (N, c, H, W), of which the first are run.
+
+    Returns:
+        Of the filters (r, ...) of D numbers a row, (D, D) with an eigenvector a column. Filters
+        that saw nothing finite, or are wider than pays, are left out.
+    """
+    sums: dict[nn.Parameter, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def add(layer: Any, call: Call) -> None:
+        filters, channels = layer.weight, call.weight.shape[1]
+        if isinstance(layer, LegoModule):
+            filters = layer.lego_filters
+            channels = layer.lego_shape.n_split * layer.lego_shape.width
+        width = filters[0].numel()
+        if width > WIDEST:
+            return
+        per_image = -(-SAMPLES // len(call.x))
+        image, position = sample(len(call.x), math.prod(call.size), per_image, generator)
+        seen = call.patches(image, position, channels).reshape(-1, width).double()
+        sums[filters] = sums.get(filters, 0) + seen.mT @ seen
+
+    hear_convs(model, layers, images[:IMAGES], add)
+    return {
+        filters: torch.linalg.eigh(square).eigenvectors.to(filters.dtype)
+        for filters, square in sums.items()
+        if bool(square.isfinite().all())
+    }
