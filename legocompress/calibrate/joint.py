@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-RATES = (8e-3, 1e-3)  # a network without norms falls apart at the higher one
+RATES = (4e-3, 1e-3)  # a network without norms falls apart at the higher one
 TRIAL = 16  # the trial of a rate takes one part in so many of the passes
 WARM_UP = 0.1
 PURE = 0.25  # share of the steps, at the end, that see images as they are
