@@ -34,9 +34,14 @@ from legocompress.probe import probe
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"
 FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
-FROZEN = "stages=[{epochs: 3, indices: frozen}]"
-PAPER = ("optimizer.name=momentum", "optimizer.lr=0.1", "optimizer.weight_decay=5e-4")
-SCRATCH = (*PAPER, "stages.0.rates.proxies=1", "distill=null", "anchor=0", "balance=1e-4")
+TRAINED = (
+    "stages=[{epochs: 2, indices: trained, rates: {proxies: 0.1}}, {epochs: 1, indices: frozen}]"
+)
+LEARNED = (TRAINED, "anchor=0.1")
+ADAMW = ("optimizer={name: adamw, lr: 0.002, weight_decay: 1.0e-4}",)
+MIXED = ("mixup={mixup: 1, cutmix: 1, prob: 0.67}",)
+PAPER = ("optimizer={name: momentum, lr: 0.1, momentum: 0.9, weight_decay: 5.0e-4}",)
+SCRATCH = (*PAPER, TRAINED, "stages.0.rates.proxies=1", "distill=null", "balance=1e-4")
 
 
 @dataclass(frozen=True)
@@ -51,26 +56,28 @@ class Row:
 
 ROWS = {
     "dense": Row("dense", {}, trains=False),
-    "dense, trained on": Row("dense", {}, (FROZEN,)),
+    "dense, trained on": Row("dense", {}),
 }
 for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
     ROWS |= {
         f"{size}": Row("calibrated", unit),
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
-        f"{size} frozen": Row("calibrated", unit, (FROZEN,)),
-        f"{size} no anchor": Row("calibrated", unit, ("anchor=0",)),
-        f"{size} fast N": Row("calibrated", unit, ("stages.0.rates.proxies=1",)),
+        f"{size} k=8": Row("calibrated", {**unit, "k": 8}),
+        f"{size} AdamW": Row("calibrated", unit, ADAMW),
+        f"{size} mixed": Row("calibrated", unit, MIXED),
+        f"{size} trained": Row("calibrated", unit, LEARNED),
+        f"{size} no anchor": Row("calibrated", unit, (TRAINED,)),
+        f"{size} fast N": Row("calibrated", unit, (*LEARNED, "stages.0.rates.proxies=1")),
         f"{size} logits only": Row("calibrated", unit, ("distill.features=0",)),
         f"{size} labels only": Row("calibrated", unit, ("distill=null",)),
         f"{size} clustered": Row("clustered", unit),
         f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
-        f"{size} clustered frozen": Row("clustered", unit, (FROZEN,)),
         f"{size} k-means": Row("kmeans", {**unit, "coefficients": False}),
         f"{size} scratch": Row("scratch", unit, SCRATCH),
-        f"{size} svd, bytes": Row("svd-bytes", unit, (FROZEN,)),
-        f"{size} svd, MACs": Row("svd-macs", unit, (FROZEN,)),
-        f"{size} pruned, bytes": Row("pruned-bytes", unit, (FROZEN,)),
-        f"{size} pruned, MACs": Row("pruned-macs", unit, (FROZEN,)),
+        f"{size} svd, bytes": Row("svd-bytes", unit),
+        f"{size} svd, MACs": Row("svd-macs", unit),
+        f"{size} pruned, bytes": Row("pruned-bytes", unit),
+        f"{size} pruned, MACs": Row("pruned-macs", unit),
     }
 
 
