@@ -34,6 +34,7 @@ from legocompress.probe import probe
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"
 FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
+STAGES = ("distill.layers=[layer1, layer2, layer3, layer4]",)  # as the Lego rows compare by default
 TRAINED = (
     "stages=[{epochs: 2, indices: trained, rates: {proxies: 0.1}}, {epochs: 1, indices: frozen}]"
 )
@@ -56,7 +57,7 @@ class Row:
 
 ROWS = {
     "dense": Row("dense", {}, trains=False),
-    "dense, trained on": Row("dense", {}),
+    "dense, trained on": Row("dense", {}, STAGES),
 }
 for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
     ROWS |= {
@@ -74,10 +75,10 @@ for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
         f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
         f"{size} k-means": Row("kmeans", {**unit, "coefficients": False}),
         f"{size} scratch": Row("scratch", unit, SCRATCH),
-        f"{size} svd, bytes": Row("svd-bytes", unit),
-        f"{size} svd, MACs": Row("svd-macs", unit),
-        f"{size} pruned, bytes": Row("pruned-bytes", unit),
-        f"{size} pruned, MACs": Row("pruned-macs", unit),
+        f"{size} svd, bytes": Row("svd-bytes", unit, STAGES),
+        f"{size} svd, MACs": Row("svd-macs", unit, STAGES),
+        f"{size} pruned, bytes": Row("pruned-bytes", unit, STAGES),
+        f"{size} pruned, MACs": Row("pruned-macs", unit, STAGES),
     }
 
 
@@ -121,6 +122,7 @@ def kept_start(row: Row, args: argparse.Namespace, seed: int) -> nn.Module:
     """As `start_of`; a calibrated network is kept in --out for the rows that share it."""
     if row.start != "calibrated":
         return start_of(row, args.data_dir, seed)
+    seed = seed if args.start_seed is None else args.start_seed
     told = "-".join(f"{key}{value}" for key, value in row.spec.items())
     folder = args.out / "starts" / f"{told}-s{seed}"
     if not folder.exists():
@@ -351,6 +353,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of results, a file a row and seed")
     parser.add_argument("--rows", nargs="*", default=[], choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--start-seed", type=int, help="calibrate with this seed for all --seeds")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe")
     parser.add_argument("--images", type=int, help="train on the first N images only")
     parser.add_argument("--table", action="store_true", help="print what --out holds")
