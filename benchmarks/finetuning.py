@@ -40,9 +40,10 @@ TRAINED = (
 )
 LEARNED = (TRAINED, "anchor=0.1")
 ADAMW = ("optimizer={name: adamw, lr: 0.002, weight_decay: 1.0e-4}",)
+AUGMENTED = ("augment={crop: shift, padding: 4, hflip: 0.5}",)
 MIXED = ("mixup={mixup: 1, cutmix: 1, prob: 0.67}",)
 PAPER = ("optimizer={name: momentum, lr: 0.1, momentum: 0.9, weight_decay: 5.0e-4}",)
-SCRATCH = (*PAPER, TRAINED, "stages.0.rates.proxies=1", "distill=null", "balance=1e-4")
+SCRATCH = (*PAPER, *AUGMENTED, TRAINED, "stages.0.rates.proxies=1", "distill=null", "balance=1e-4")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
         f"{size}": Row("calibrated", unit),
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
         f"{size} k=8": Row("calibrated", {**unit, "k": 8}),
+        f"{size} k=4 augmented": Row("calibrated", {**unit, "k": 4}, AUGMENTED),
         f"{size} AdamW": Row("calibrated", unit, ADAMW),
         f"{size} mixed": Row("calibrated", unit, MIXED),
         f"{size} trained": Row("calibrated", unit, LEARNED),
@@ -234,8 +236,10 @@ def print_table(out: Path) -> None:
     """Every row that has been run: mean over its seeds."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     of_dense = [r["after"] for r in results if r["row"] == "dense"]
-    budgets = sorted({r["images"] for r in results if ROWS[r["row"]].trains})
-    print(f"Three epochs on {', '.join(f'{n:,}' for n in budgets)} images\n")
+    trained = [r for r in results if ROWS[r["row"]].trains]
+    budgets = sorted({f"{len(r['epochs'])} epochs of {r['images']:,} images" for r in trained})
+    changes = sorted({change for r in trained for change in r["changes"]})
+    print("; ".join([*budgets, *(f"--set {change}" for change in changes)]) + "\n")
     print("| row | ideal size | MACs | test top-1 before | after | below dense | seeds |")
     print("|---|---|---|---|---|---|---|")
     for name in ROWS:
