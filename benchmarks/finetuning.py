@@ -34,9 +34,16 @@ from legocompress.probe import probe
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"
 FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
-FROZEN = "stages=[{epochs: 3, indices: frozen}]"
-PAPER = ("optimizer.name=momentum", "optimizer.lr=0.1", "optimizer.weight_decay=5e-4")
-SCRATCH = (*PAPER, "stages.0.rates.proxies=1", "distill=null", "anchor=0", "balance=1e-4")
+STAGES = ("distill.layers=[layer1, layer2, layer3, layer4]",)  # as the Lego rows compare by default
+TRAINED = (
+    "stages=[{epochs: 2, indices: trained, rates: {proxies: 0.1}}, {epochs: 1, indices: frozen}]"
+)
+LEARNED = (TRAINED, "anchor=0.1")
+ADAMW = ("optimizer={name: adamw, lr: 0.002, weight_decay: 1.0e-4}",)
+AUGMENTED = ("augment={crop: shift, padding: 4, hflip: 0.5}",)
+MIXED = ("mixup={mixup: 1, cutmix: 1, prob: 0.67}",)
+PAPER = ("optimizer={name: momentum, lr: 0.1, momentum: 0.9, weight_decay: 5.0e-4}",)
+SCRATCH = (*PAPER, *AUGMENTED, TRAINED, "stages.0.rates.proxies=1", "distill=null", "balance=1e-4")
 
 
 @dataclass(frozen=True)
@@ -51,26 +58,29 @@ class Row:
 
 ROWS = {
     "dense": Row("dense", {}, trains=False),
-    "dense, trained on": Row("dense", {}, (FROZEN,)),
+    "dense, trained on": Row("dense", {}, STAGES),
 }
 for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
     ROWS |= {
         f"{size}": Row("calibrated", unit),
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
-        f"{size} frozen": Row("calibrated", unit, (FROZEN,)),
-        f"{size} no anchor": Row("calibrated", unit, ("anchor=0",)),
-        f"{size} fast N": Row("calibrated", unit, ("stages.0.rates.proxies=1",)),
+        f"{size} k=8": Row("calibrated", {**unit, "k": 8}),
+        f"{size} k=4 augmented": Row("calibrated", {**unit, "k": 4}, AUGMENTED),
+        f"{size} AdamW": Row("calibrated", unit, ADAMW),
+        f"{size} mixed": Row("calibrated", unit, MIXED),
+        f"{size} trained": Row("calibrated", unit, LEARNED),
+        f"{size} no anchor": Row("calibrated", unit, (TRAINED,)),
+        f"{size} fast N": Row("calibrated", unit, (*LEARNED, "stages.0.rates.proxies=1")),
         f"{size} logits only": Row("calibrated", unit, ("distill.features=0",)),
         f"{size} labels only": Row("calibrated", unit, ("distill=null",)),
         f"{size} clustered": Row("clustered", unit),
         f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
-        f"{size} clustered frozen": Row("clustered", unit, (FROZEN,)),
         f"{size} k-means": Row("kmeans", {**unit, "coefficients": False}),
         f"{size} scratch": Row("scratch", unit, SCRATCH),
-        f"{size} svd, bytes": Row("svd-bytes", unit, (FROZEN,)),
-        f"{size} svd, MACs": Row("svd-macs", unit, (FROZEN,)),
-        f"{size} pruned, bytes": Row("pruned-bytes", unit, (FROZEN,)),
-        f"{size} pruned, MACs": Row("pruned-macs", unit, (FROZEN,)),
+        f"{size} svd, bytes": Row("svd-bytes", unit, STAGES),
+        f"{size} svd, MACs": Row("svd-macs", unit, STAGES),
+        f"{size} pruned, bytes": Row("pruned-bytes", unit, STAGES),
+        f"{size} pruned, MACs": Row("pruned-macs", unit, STAGES),
     }
 
 
@@ -114,6 +124,7 @@ def kept_start(row: Row, args: argparse.Namespace, seed: int) -> nn.Module:
     """As `start_of`; a calibrated network is kept in --out for the rows that share it."""
     if row.start != "calibrated":
         return start_of(row, args.data_dir, seed)
+    seed = seed if args.start_seed is None else args.start_seed
     told = "-".join(f"{key}{value}" for key, value in row.spec.items())
     folder = args.out / "starts" / f"{told}-s{seed}"
     if not folder.exists():
@@ -225,8 +236,10 @@ def print_table(out: Path) -> None:
     """Every row that has been run: mean over its seeds."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     of_dense = [r["after"] for r in results if r["row"] == "dense"]
-    budgets = sorted({r["images"] for r in results if ROWS[r["row"]].trains})
-    print(f"Three epochs on {', '.join(f'{n:,}' for n in budgets)} images\n")
+    trained = [r for r in results if ROWS[r["row"]].trains]
+    budgets = sorted({f"{len(r['epochs'])} epochs of {r['images']:,} images" for r in trained})
+    changes = sorted({change for r in trained for change in r["changes"]})
+    print("; ".join([*budgets, *(f"--set {change}" for change in changes)]) + "\n")
     print("| row | ideal size | MACs | test top-1 before | after | below dense | seeds |")
     print("|---|---|---|---|---|---|---|")
     for name in ROWS:
@@ -344,6 +357,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of results, a file a row and seed")
     parser.add_argument("--rows", nargs="*", default=[], choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--start-seed", type=int, help="calibrate with this seed for all --seeds")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe")
     parser.add_argument("--images", type=int, help="train on the first N images only")
     parser.add_argument("--table", action="store_true", help="print what --out holds")

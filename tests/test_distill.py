@@ -31,12 +31,12 @@ def test_the_loss_is_the_weighted_sum() -> None:
     student, original = compressed().eval(), dense()
     block = {"labels": 0.3, "logits": 0.5, "temperature": 2.0, "features": 0.7}
     criterion = Criterion(recipe(distill=block, label_smoothing=0.1), student, original)
-    assert criterion.layers == ("act1", "layer1", "layer2", "layer3", "layer4")
+    assert criterion.layers == ("layer1", "layer2", "layer3", "layer4")
     x, y = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
     loss, logits = criterion(student, student, x, y)
     with captured(student, criterion.layers) as ours, captured(original, criterion.layers) as its:
         a, b = student(x), original(x)
-    features = sum(relative_square(ours[n], its[n]) for n in criterion.layers) / 5
+    features = sum(relative_square(ours[n], its[n]) for n in criterion.layers) / 4
     labels = F.cross_entropy(a, y, label_smoothing=0.1)
     torch.testing.assert_close(loss, 0.3 * labels + 0.5 * kl(a, b, 2.0) + 0.7 * features)
     assert torch.equal(logits, a)
@@ -60,6 +60,11 @@ def test_layers_are_named_or_told() -> None:
     assert matched_layers(Distill(features=1, layers=("0",)), model, model) == ("0",)
     with pytest.raises(UsageError, match="the original has no module '1'"):
         matched_layers(Distill(features=1, layers=("1",)), model, nn.Sequential(nn.ReLU()))
+
+
+def test_stages_before_every_lego_layer_are_left_out() -> None:
+    ours, its = (matched_layers(Distill(features=1), m, dense()) for m in (compressed(), dense()))
+    assert its == ("act1", *ours)
 
 
 def test_an_output_that_is_no_classification() -> None:

@@ -54,13 +54,23 @@ def test_filters_and_dense_weights_decay_alone() -> None:
         assert decay == (0.01 if expected else 0), name
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb", "lion", "rmsproptf"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb", "lion", "rmsproptf", "nmuon"])
 def test_optimisers_of_timm(name: str) -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(name=name, lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     optimizer.step()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_muon_takes_neither_coefficients_nor_proxies() -> None:
+    model = network()
+    optimizer = make_optimizer(model, Optimizer(name="muon", lr=0.1))
+    model(torch.randn(2, 1, 16, 16)).square().mean().backward()
+    optimizer.step()
+    for name, kind in kinds_of(model).items():
+        if kind != "rest":  # of which timm finds some too narrow
+            assert optimizer.state[model.get_parameter(name)]["use_muon"] == (kind == "filters")
 
 
 @pytest.mark.parametrize("settings", [{"name": "no_such"}, {"options": {"betaz": 1}}])

@@ -66,11 +66,14 @@ FULL = {
     "augment": {"crop": "shift", "auto_augment": "rand-m3", "re_prob": 0.2},
     "schedule": {"warmup_epochs": 1},
 }
+MUON = {"optimizer": {"name": "nmuon", "lr": 0.003}, "stages": [{"epochs": 2}], "amp": "bf16"}
 ADAM = {"optimizer": {"name": "adamw", "lr": 0.003}, "stages": [{"epochs": 1}]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("changes", "workers"), [(FULL, 0), (ADAM, 2)], ids=["full", "workers"])
+@pytest.mark.parametrize(
+    ("changes", "workers"), [(FULL, 0), (MUON, 0), (ADAM, 2)], ids=["full", "muon", "workers"]
+)
 def test_a_run_killed_at_random_ends_the_same(
     changes: dict[str, object], workers: int, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from legocompress.conv import lego_modules
 from legocompress.data import UNLABELLED
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.recipe import Distill, Recipe
@@ -103,15 +104,20 @@ def relative_square(ours: Tensor, theirs: Tensor) -> Tensor:
 def matched_layers(distill: Distill, student: nn.Module, original: nn.Module) -> tuple[str, ...]:
     """The modules whose outputs are compared; they have one name in both networks.
 
+    By default those of the network's stages that compression changes: what comes before every Lego
+    layer (a stem of large maps) costs much time and says little.
+
     Raises:
         UsageError: none is named and the network tells no stages, or one is in one network only.
     """
     names = distill.layers
     if not names:
         info: Any = getattr(student, "feature_info", None) or []
-        modules = {name for name, _ in student.named_modules()}
+        modules = [name for name, _ in student.named_modules()]
         told = [str(entry.get("module")) for entry in info if isinstance(entry, dict)]
-        names = tuple(name for name in told if name in modules)
+        first = next((modules.index(name) for name, _ in lego_modules(student)), 0)
+        later = {*modules[first:], *(n for n in modules if modules[first].startswith(f"{n}."))}
+        names = tuple(name for name in told if name in later)
     if not names:
         raise UsageError(
             f"{type(student).__name__} does not tell its stages; name the modules whose outputs "

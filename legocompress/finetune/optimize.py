@@ -45,14 +45,20 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
     """An optimiser with a group a kind, in the order of KINDS, and one of what never decays.
 
     Weight decay acts on Lego filters and dense weights alone: a coefficient or a proxy entry near
-    zero says nothing about overfitting. A group may be empty.
+    zero says nothing about overfitting. Those are the matrices that Muon is for, too; it leaves
+    the rest to AdamW. A group may be empty.
 
     Raises:
         UsageError: timm has no such optimiser, or it refuses the options.
     """
     kinds = kinds_of(model)
     groups: list[dict[str, Any]] = [
-        {"params": [], "kind": kind, "weight_decay": settings.weight_decay * decays}
+        {
+            "params": [],
+            "kind": kind,
+            "weight_decay": settings.weight_decay * decays,
+            "use_fallback": not decays,
+        }
         for kind in KINDS
         for decays in ((True, False) if kind == "rest" else (kind == "filters",))
     ]
