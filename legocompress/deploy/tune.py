@@ -23,6 +23,7 @@ from legocompress.deploy.site import LAYOUT, ConvSite, PoolSite
 from legocompress.deploy.timing import fastest, interleaved
 
 TOLERANCE = 1e-4
+NOISE = 1.05  # of a layer timed alone
 Routes = dict[str, SiteRoute]
 
 
@@ -121,10 +122,13 @@ class _Tuner(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
     def _best_of(self, site: ConvSite, dense: bool) -> Any:
-        """The fastest dense route, or of a Lego layer the fastest that is none."""
+        """The fastest dense route, or of a Lego layer the fastest that is none, unless it loses."""
         times = self.times[site.name]
         some = {r: t for r, t in times.items() if (r in DENSE_ROUTES) == dense}
-        return fastest(some if some and (dense or site.is_lego) else times)
+        route: Any = fastest(some if some and (dense or site.is_lego) else times)
+        if dense or statistics.median(times[route]) <= NOISE * min(map(statistics.median, times.values())):
+            return route
+        return fastest(times)
 
     def plans(self) -> dict[str, TunedGraph]:
         """The fastest route of each layer; and, since layers run by themselves find their weights
