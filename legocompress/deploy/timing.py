@@ -31,6 +31,7 @@ def interleaved(
     seconds: float = float("inf"),
     drop: float = float("inf"),
     warm: bool = False,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Run each form once a round, after a warm-up, and return its times in seconds.
 
@@ -41,6 +42,7 @@ def interleaved(
         seconds: no further round starts once this much time has gone.
         drop: a form whose first three runs took more than `drop` times the fastest runs no more.
         warm: run each form once untimed before each timed run, as a server that runs one form does.
+        pause: seconds before each form, for the threads of the one before to fall asleep.
     """
     now = clock(device)
     taken: dict[str, list[float]] = {name: [] for name in forms}
@@ -53,6 +55,8 @@ def interleaved(
     try:
         for turn in range(rounds):
             for name, form in running.items():
+                if pause:
+                    time.sleep(pause)
                 if warm:
                     form()
                 start = now()

@@ -87,6 +87,7 @@ void panel_columns(const float* a, int64_t mr, int64_t depth, const float* colum
   }
   int64_t k = 0;
   for (; k + U <= depth; k += U) {
+    __builtin_prefetch(a + k * mr + kFilterAhead);
     UNROLL for (int u = 0; u < U; u++) {
       const V8 av = load8(a + (k + u) * mr);
       UNROLL for (int n = 0; n < NC; n++) s[n][u] += av * column[n * column_stride + k + u];

@@ -111,7 +111,7 @@ void plan_direct(Conv& v, int threads) {
     // Even tiles, of whole register tiles; a multiple of the threads where there are enough.
     const int64_t blocks = ceil_div(pixels, kPixels);
     int64_t n = ceil_div(blocks * kPixels, want);
-    if (n > 1 || threads > 1) n = least(blocks, round_up(n, threads));
+    if (n > 1) n = least(blocks, round_up(n, threads));
     v.tile_pixels = ceil_div(blocks, n) * kPixels;
     v.n_tiles = ceil_div(pixels, v.tile_pixels);
     v.z_stride = odd_lines(least(v.tile_pixels, round_up(pixels, kPixels)));
@@ -146,6 +146,9 @@ void plan_direct(Conv& v, int threads) {
     v.n_tiles = ceil_div(v.batch, n);
     v.z_stride = odd_lines(v.slot * n);
   }
+  // Of several images' tiles the smaller ones lie between the others: all count as whole.
+  v.whole_tiles = v.n_tiles;
+  if (taps == 1 || v.batch == 1) v.whole_tiles = pixels / v.tile_pixels;
   // Input block: as many channels as keep one register tile's worth of input in the first cache.
   const int64_t depth_channels = most(1, v.depth / taps);
   const int64_t n_blocks = most(1, ceil_div(h.width, depth_channels));

@@ -24,10 +24,13 @@ void plan_winograd(Conv& v, int threads) {
   int64_t most_rows = 0;
   for (int64_t i = 0; i < h.n_split; i++) most_rows = most(most_rows, v.split_rows[i]);
   int64_t at_once = most(1, v.patches / b.across);
-  if (threads > 1) at_once = least(at_once, ceil_div(bands, threads));
+  // Tiles a thread, but for those that would leave most lanes empty: their splits are shared.
+  const int64_t each = ceil_div(bands, threads);
+  if (each * b.across >= 2 * kPixels) at_once = least(at_once, each);
   v.n_tiles = ceil_div(bands, at_once);
   v.tile_pixels = ceil_div(bands, v.n_tiles);  // bands of a tile
   v.n_tiles = ceil_div(bands, v.tile_pixels);
+  v.whole_tiles = bands / v.tile_pixels;
   const int64_t patches = v.tile_pixels * b.across;
   // An image's last vector may reach as far into the next one's place, which is written after it.
   v.z_stride = odd_lines(round_up(patches, kLanes) + (v.batch > 1 ? kLanes : 0));
