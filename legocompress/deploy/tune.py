@@ -25,9 +25,9 @@ from legocompress.deploy.timing import fastest, interleaved
 
 TOLERANCE = 1e-4
 NOISE = 1.05  # of a layer timed alone
-# PyTorch's threads wait actively for most of PAUSE seconds after a job. On the cores of the kernels
-# this costs a network more than a layer gains by them.
-PAUSE, WORTH = 0.01, 1.3
+# PyTorch's threads wait actively for milliseconds after a job. On the cores of the kernels this
+# costs a network more than a layer gains by them.
+SETTLE, WORTH = 0.015, 1.3
 Routes = dict[str, SiteRoute]
 
 
@@ -189,7 +189,7 @@ def _apart(x: Tensor) -> dict[str, Any]:
     """How to time routes that have threads of their own: empty where there is one thread."""
     if x.device.type != "cpu" or torch.get_num_threads() == 1:
         return {}
-    return {"warm": True, "pause": PAUSE}
+    return {"settle": SETTLE}
 
 
 def use_(graph: Graph, plan: TunedGraph) -> None:
