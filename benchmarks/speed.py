@@ -161,7 +161,7 @@ def parts(records: list[dict[str, object]]) -> str:
             cells = [*(record[key] for key in KEY), f"{len(some)} x {kind}", *numbers]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         rest = 1 - sum(layer["ms"] for layer in layers) / total
-        cells = [*(record[key] for key in KEY), "all else", f"{100 * rest:.0f} %", ""]
+        cells = [*(record[key] for key in KEY), "all else", f"{100 * rest:.0f} %", "", ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
