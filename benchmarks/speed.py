@@ -66,7 +66,7 @@ def by_sites(model: nn.Module, x: Tensor, route: str | Callable[[ConvSite], obje
             site.use(route, "nchw")  # type: ignore[arg-type]
         else:
             site.run = route(site)  # type: ignore[assignment]
-    for pool in graph.pools:
+    for pool in graph.plains:
         pool.route = "kernel"
     run = graph.runner.forward
     return lambda: run(x)
@@ -143,8 +143,9 @@ PAPER = "merge: dense 1x1 conv (paper's code)"
 
 def parts(records: list[dict[str, object]]) -> str:
     """What the time is made of: for each kind of layer its share of the network's and its speed."""
-    lines = ["| network | setting | batch | threads | layers | share of the time | speed |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    columns = ["network", "setting", "batch", "threads", "layers", "share of the time", "speed",
+               "theory, used ones"]  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for record in sorted(records, key=lambda r: tuple(str(r[k]) for k in KEY)):
         run: dict = record["run"]  # type: ignore[assignment,type-arg]
         layers = run["layers"]
@@ -155,11 +156,12 @@ def parts(records: list[dict[str, object]]) -> str:
             kinds.setdefault(words[-1], []).append(layer)
         for kind, some in kinds.items():
             ours, dense = (sum(layer[key] for layer in some) for key in ("ms", "dense_ms"))
-            cells = [*(record[key] for key in KEY), f"{len(some)} x {kind}",
-                     f"{100 * ours / total:.0f} %", f"{dense / ours:.2f}"]  # fmt: skip
+            theory = dense / sum(layer["dense_ms"] / layer["bound_used"] for layer in some)
+            numbers = f"{100 * ours / total:.0f} %", f"{dense / ours:.2f}", f"{theory:.2f}"
+            cells = [*(record[key] for key in KEY), f"{len(some)} x {kind}", *numbers]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         rest = 1 - sum(layer["ms"] for layer in layers) / total
-        cells = [*(record[key] for key in KEY), "all else", f"{100 * rest:.0f} %", ""]
+        cells = [*(record[key] for key in KEY), "all else", f"{100 * rest:.0f} %", "", ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -20,7 +20,7 @@ from benchmarks.coverage import randomise_, source, tensors
 from legocompress import kernels
 from legocompress.deploy.choices import POOL_ROUTES
 from legocompress.deploy.network import deployed_graph
-from legocompress.deploy.site import PoolSite
+from legocompress.deploy.plain_site import LinearSite, MeanSite, PoolSite
 from legocompress.errors import CheckpointError, DeployError, UsageError
 from legocompress.models import build
 
@@ -652,3 +652,25 @@ def test_a_detector_is_deployed_in_parts() -> None:
     assert "backbone" in done.choices.formats
     assert done.n_lego > 60
     assert done.notes[0].startswith("(root) is not traced as a whole")
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_means_and_linear_layers_run_by_routes_of_ours(batch: int) -> None:
+    mean, x = MeanSite("mean"), torch.randn(batch, 300, 7, 13)
+    assert torch.allclose(mean.run("kernel", x), x.mean((2, 3), keepdim=True), atol=1e-6)
+    assert torch.equal(mean.run("kernel", x[:0]), mean.plain(x[:0]))
+    linear = nn.Linear(300, 77)
+    site, x = LinearSite("fc", linear), torch.randn(batch, 300)
+    with torch.no_grad():
+        assert torch.allclose(site.run("kernel", x), linear(x), atol=1e-5)
+        assert torch.equal(site.run("plain", x), linear(x))
+
+
+def test_a_classifier_runs_by_routes_of_ours_on_two_threads() -> None:
+    model = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    torch.set_num_threads(2)
+    try:
+        found = check(converted(model, X), X)
+    finally:
+        torch.set_num_threads(1)
+    assert {found.choices.routes[name] for name in ("1", "3")} <= set(POOL_ROUTES)

@@ -172,6 +172,25 @@ def test_random_winograd_units_equal_the_dense_conv(threads: int) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 14, 14), (1, 28, 28), (1, 32, 32), (1, 15, 15), (3, 14, 14)])
+def test_pixels_are_read_in_place_and_uneven_tiles_are_shared(
+    size: tuple[int, int, int], threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    try:
+        for n, residual in ((512, True), (20, False)):
+            one = case(
+                n=n, c=12, kernel=(1, 1), padding=(0, 0), m=n // 2, size=size, residual=residual
+            )
+            assert close(one.run(), one.expected())
+        deep = case(n=30, c=40, m=15, size=size)
+        assert close(deep.run("winograd"), deep.expected(), 2e-4)
+    finally:
+        torch.set_num_threads(1)
+
+
+@compiled
 def test_a_dense_conv_is_a_unit_of_one_split() -> None:
     weight = torch.randn(16, 8, 3, 3)
     shape = UnitShape(16, 8, (3, 3), 1, 16, 1, 1)
@@ -479,6 +498,10 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     cases = [(random_case(rnd), "direct", 0) for _ in range(60)]
     for size in SIZES:
         cases.append((case(c=5, size=(2, *size)), "winograd", 0))
+        for batch in (1, 3):
+            pixels = case(c=5, kernel=(1, 1), padding=(0, 0), size=(batch, *size))
+            cases.append((pixels, "direct", 0))
+            cases.append((case(c=5, stride=(2, 2), size=(batch, *size)), "direct", 0))
     cases += [(case(channels_last=True), "winograd", 0)]
     cases += [(case(), "direct", cut) for cut in (1, 300, 100000)]
     (tmp_path / "calls").write_bytes(recorded(cases))

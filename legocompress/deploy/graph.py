@@ -15,10 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import FrozenBatchNorm2d
 
-from legocompress.deploy.site import Activation, ConvSite, PoolSite, is_foldable, is_hooked, is_site
+from legocompress.deploy.plain_site import LinearSite, MeanSite, PlainSite, PoolSite
+from legocompress.deploy.site import Activation, ConvSite, is_foldable, is_hooked, is_site
 from legocompress.errors import DeployError
 
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, FrozenBatchNorm2d)
+LINEAR_MOST = 2**22  # weights of a linear layer that is worth a packed copy
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)
 SUMS = (operator.add, operator.iadd, torch.add)
 ACTIVATIONS: dict[Any, Activation] = {
@@ -36,7 +38,7 @@ class Graph:
     root: nn.Module
     runner: fx.GraphModule
     convs: list[ConvSite] = field(default_factory=list)
-    pools: list[PoolSite] = field(default_factory=list)
+    plains: list[PlainSite] = field(default_factory=list)
     layers: set[nn.Module] = field(default_factory=set)
     n_norms: int = 0
     n_activations: int = 0
@@ -120,14 +122,28 @@ def trace(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
             layer = runner.get_submodule(str(node.target))
             if is_site(layer, heard=layer is module) and _is_map(node.args):
                 _fuse_conv_(found, node, layer, made)
-            elif type(layer) is nn.MaxPool2d and not layer.return_indices and not is_hooked(layer):
-                site = PoolSite(_own_name(found, node), layer)
-                found.pools.append(site)
+            elif (site := _plain_site(found, node, layer)) is not None:
+                found.plains.append(site)
                 _replace_(found, [node], site, (node.args[0],), node)
     _spare_residuals_(found)
     graph.lint()
     runner.recompile()
     return found
+
+
+def _plain_site(graph: Graph, node: fx.Node, layer: nn.Module) -> PlainSite | None:
+    """The site of a layer that is no conv and has a route of ours."""
+    if is_hooked(layer) or len(node.args) != 1 or node.kwargs:
+        return None
+    name = _own_name(graph, node)
+    if type(layer) is nn.MaxPool2d and not layer.return_indices:
+        return PoolSite(name, layer)
+    if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1)):
+        return MeanSite(name) if _is_map(node.args) else None
+    if type(layer) is nn.Linear and layer.weight.numel() <= LINEAR_MOST:
+        shape = node.args[0].meta["shape"] if isinstance(node.args[0], fx.Node) else None
+        return LinearSite(name, layer) if len(shape or ()) == 2 else None
+    return None
 
 
 def _spare_residuals_(graph: Graph) -> None:
@@ -275,7 +291,7 @@ def _may_write(graph: Graph, node: fx.Node) -> bool:
     """Whether a node could change a tensor that another node made."""
     if node.op == "call_module":
         layer = graph.runner.get_submodule(str(node.target))
-        if isinstance(layer, (*LEAVES, ConvSite, PoolSite)):
+        if isinstance(layer, (*LEAVES, ConvSite, PlainSite)):
             return is_hooked(layer)
         plain = type(layer).__module__.startswith("torch.nn.") and not is_hooked(layer)
         return bool(getattr(layer, "inplace", not plain))

@@ -15,7 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from legocompress import kernels
 from legocompress.conv import LegoModule, replaced_class
-from legocompress.deploy.choices import ConvRoute, Format, PoolRoute
+from legocompress.deploy.choices import ConvRoute, Format
 from legocompress.spec import UnitShape
 from legocompress.unit import assemble, merge_by_table, slot_table, split_transform_merge
 
@@ -348,39 +348,3 @@ class ConvSite(nn.Module):
             )
 
         return run
-
-
-class PoolSite(nn.Module):
-    """A max pooling; PyTorch's own is slow on NCHW maps."""
-
-    def __init__(self, name: str, layer: nn.MaxPool2d) -> None:
-        super().__init__()
-        self.name = name
-        self.route: PoolRoute = "plain"
-        kernel, stride, padding, dilation = (
-            (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-            for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        )
-        self.ceil_mode = layer.ceil_mode
-        self.geometry = (kernel, stride, padding, dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pool (N, c, H, W)."""
-        return self.run(self.route, x)
-
-    def run(self, route: PoolRoute, x: Tensor) -> Tensor:
-        """Pool by a route of either name; both give the same bits."""
-        if (
-            route == "kernel"
-            and type(x) is Tensor
-            and x.dtype == torch.float32
-            and x.device.type == "cpu"
-            and x.is_contiguous()
-            and not self.ceil_mode
-            and max(self.geometry[0]) <= kernels.MAX_POOL_KERNEL
-            and kernels.available()
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        ):
-            return kernels.max_pool2d(x, *self.geometry)
-        return F.max_pool2d(x, *self.geometry, self.ceil_mode)

@@ -31,6 +31,7 @@ def interleaved(
     seconds: float = float("inf"),
     drop: float = float("inf"),
     warm: bool = False,
+    settle: float = 0.0,
 ) -> dict[str, list[float]]:
     """Run each form once a round, after a warm-up, and return its times in seconds.
 
@@ -41,6 +42,8 @@ def interleaved(
         seconds: no further round starts once this much time has gone.
         drop: a form whose first three runs took more than `drop` times the fastest runs no more.
         warm: run each form once untimed before each timed run, as a server that runs one form does.
+        settle: seconds that each form runs untimed before each timed run, until the threads of the
+            form before have fallen asleep and its own have found their cores.
     """
     now = clock(device)
     taken: dict[str, list[float]] = {name: [] for name in forms}
@@ -53,6 +56,9 @@ def interleaved(
     try:
         for turn in range(rounds):
             for name, form in running.items():
+                settled = time.perf_counter() + settle
+                while time.perf_counter() < settled:
+                    form()
                 if warm:
                     form()
                 start = now()

@@ -19,10 +19,15 @@ from legocompress.deploy.choices import (
     SiteRoute,
 )
 from legocompress.deploy.graph import Graph
-from legocompress.deploy.site import LAYOUT, ConvSite, PoolSite
+from legocompress.deploy.plain_site import PlainSite
+from legocompress.deploy.site import LAYOUT, ConvSite
 from legocompress.deploy.timing import fastest, interleaved
 
 TOLERANCE = 1e-4
+NOISE = 1.05  # of a layer timed alone
+# PyTorch's threads wait actively for milliseconds after a job. On the cores of the kernels this
+# costs a network more than a layer gains by them.
+SETTLE, WORTH = 0.015, 1.3
 Routes = dict[str, SiteRoute]
 
 
@@ -78,7 +83,7 @@ def measured(
     with torch.no_grad():
         forms = {name: run(plan) for name, plan in plans.items()}
         rounds = 9 if len(forms) > 1 else 1
-        taken = interleaved(forms, device, rounds, seconds=seconds / 2, drop=1.1)
+        taken = interleaved(forms, device, rounds, seconds=seconds / 2, drop=1.1, warm=True)
     # Those that ran on to the end are compared; the others have lost.
     rounds = max(map(len, taken.values()))
     best = plans[fastest({n: times for n, times in taken.items() if len(times) == rounds})]
@@ -100,36 +105,44 @@ class _Tuner(fx.Interpreter):
         super().__init__(graph.runner)
         self.graph_, self.layout, self.on_layer, self.only = graph, layout, on_layer, only
         self.times: dict[str, dict[str, list[float]]] = {}
+        self.apart = False  # whether routes have threads of their own
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.fetch_attr(target)
         if isinstance(site, ConvSite) and site.name not in self.times:
             self.times[site.name] = _site_times(site, self.only, self.layout, *args[:2])
+            self.apart = bool(_apart(args[0]))
             best: Any = fastest(self.times[site.name])
             site.use(best, self.layout)
             keep = {best, self._best_of(site, dense=True), self._best_of(site, dense=False)}
             site.keep(keep, self.layout)
             if self.on_layer is not None:
                 self.on_layer(site.name)
-        elif isinstance(site, PoolSite) and site.name not in self.times:
+        elif isinstance(site, PlainSite) and site.name not in self.times:
             forms: dict[str, Callable[[], object]] = {
                 route: lambda route=route: site.run(route, args[0])  # type: ignore[misc]
                 for route in POOL_ROUTES
             }
-            self.times[site.name] = interleaved(forms, args[0].device, rounds=5, seconds=0.5)
-            site.route = fastest(self.times[site.name])  # type: ignore[assignment]
+            times = interleaved(forms, args[0].device, rounds=5, seconds=0.5, **_apart(args[0]))
+            self.times[site.name] = times
+            kernel, plain = (statistics.median(times[route]) for route in ("kernel", "plain"))
+            site.route = "kernel" if kernel < plain * (WORTH if _apart(args[0]) else 1) else "plain"
         return super().call_module(target, args, kwargs)
 
     def _best_of(self, site: ConvSite, dense: bool) -> Any:
-        """The fastest dense route, or of a Lego layer the fastest that is none."""
+        """The fastest dense route, or of a Lego layer the fastest that is none, unless it loses."""
         times = self.times[site.name]
-        some = {r: t for r, t in times.items() if (r in DENSE_ROUTES) == dense}
-        return fastest(some if some and (dense or site.is_lego) else times)
+        some = {r: t for r, t in times.items() if (r in DENSE_ROUTES) == dense} or times
+        route = fastest(some)
+        limit = WORTH if self.apart else NOISE if site.is_lego else 1.0
+        least = min(map(statistics.median, times.values()))
+        near = dense or statistics.median(times[route]) <= limit * least
+        return route if near else fastest(times)
 
     def plans(self) -> dict[str, TunedGraph]:
         """The fastest route of each layer; and, since layers run by themselves find their weights
         in the cache and in a network do not, all dense and all Lego ones."""
-        pools: Routes = {pool.name: pool.route for pool in self.graph_.pools}
+        pools: Routes = {pool.name: pool.route for pool in self.graph_.plains}
         sites = [site for site in self.graph_.convs if site.name in self.times]
         every: dict[str, Routes] = {
             "fastest": {site.name: fastest(self.times[site.name]) for site in sites},  # type: ignore[misc]
@@ -169,7 +182,14 @@ def _site_times(
     if not forms:
         forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual, False)
     rounds = 7 if len(forms) > 1 else 1
-    return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3)
+    return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3, **_apart(x))
+
+
+def _apart(x: Tensor) -> dict[str, Any]:
+    """How to time routes that have threads of their own: empty where there is one thread."""
+    if x.device.type != "cpu" or torch.get_num_threads() == 1:
+        return {}
+    return {"settle": SETTLE}
 
 
 def use_(graph: Graph, plan: TunedGraph) -> None:
@@ -177,7 +197,7 @@ def use_(graph: Graph, plan: TunedGraph) -> None:
     for site in graph.convs:
         if site.name in plan.routes:
             site.use(plan.routes[site.name], plan.layout)  # type: ignore[arg-type]
-    for pool in graph.pools:
+    for pool in graph.plains:
         pool.route = plan.routes[pool.name]  # type: ignore[assignment]
 
 
@@ -189,7 +209,7 @@ def misfit(graphs: list[Graph], choices: Choices, x: Tensor) -> str | None:
         kinds: dict[str, tuple[SiteRoute, ...]] = {
             site.name: site.routes(x.device, x.dtype) for site in graph.convs
         }
-        kinds.update({pool.name: POOL_ROUTES for pool in graph.pools})
+        kinds.update({pool.name: POOL_ROUTES for pool in graph.plains})
         for name, routes in kinds.items():
             chosen = choices.routes.get(name)
             if chosen not in routes:
@@ -215,9 +235,9 @@ class _Packer(fx.Interpreter):
 
 def given(graph: Graph, inputs: tuple[Tensor, ...], choices: Choices) -> TunedGraph:
     """Prepare the routes of choices that fit the graph."""
-    names = [str(site.name) for site in (*graph.convs, *graph.pools)]
+    names = [str(site.name) for site in (*graph.convs, *graph.plains)]
     plan = TunedGraph(choices.formats[graph.name], {n: choices.routes[n] for n in names})
-    for pool in graph.pools:
+    for pool in graph.plains:
         pool.route = plan.routes[pool.name]  # type: ignore[assignment]
     with torch.no_grad():
         _Packer(graph, plan).run(*(in_layout(x, plan.layout) for x in inputs))

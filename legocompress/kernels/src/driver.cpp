@@ -141,8 +141,9 @@ struct Job {
   const Kernel* kernel;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
-  int64_t n_items, parts;  // parts a split of a tile is cut into, or output channels of a tile
-  float* z;                // of all tiles, where threads share tiles
+  int64_t first_tile, n_items;
+  int64_t parts;  // that a split of a tile is cut into, or output channels of a tile
+  float* z;       // of all tiles from the first on, where threads share tiles
 };
 
 // Whole tiles: every thread has a Z of its own.
@@ -155,7 +156,7 @@ void run_tiles(void* context) {
     job.failed = true;
     return;
   }
-  for (int64_t tile; (tile = job.next++) < v.n_tiles;) {
+  for (int64_t tile; (tile = job.next++) < job.n_items;) {
     for (int64_t split = 0; split < v.head->n_split; split++) {
       job.kernel->transform(v, tile, split, 0, (v.split_rows[split] + kPanel - 1) / kPanel, z,
                             scratch);
@@ -179,7 +180,8 @@ void run_parts(void* context) {
     const int64_t panels = (v.split_rows[split] + kPanel - 1) / kPanel;
     const int64_t first = panels * part / job.parts, last = panels * (part + 1) / job.parts;
     if (first < last) {
-      job.kernel->transform(v, tile, split, first, last, job.z + tile * v.z_floats, scratch);
+      job.kernel->transform(v, job.first_tile + tile, split, first, last,
+                            job.z + tile * v.z_floats, scratch);
     }
   }
 }
@@ -199,7 +201,7 @@ void merge_parts(void* context) {
     const int64_t first = 16 * (blocks * part / job.parts);
     const int64_t last = std::min(v.head->n_out, 16 * (blocks * (part + 1) / job.parts));
     if (first < last) {
-      job.kernel->merge(v, tile, first, last, job.z + tile * v.z_floats, scratch);
+      job.kernel->merge(v, job.first_tile + tile, first, last, job.z + tile * v.z_floats, scratch);
     }
   }
 }
@@ -208,25 +210,29 @@ Status run(const Conv& v, const Kernel& k, int threads) {
   Job job;
   job.conv = &v;
   job.kernel = &k;
-  job.z = nullptr;
-  const int64_t rounds = (v.n_tiles + threads - 1) / threads;
-  // Share tiles where whole ones would leave threads idle for over an eighth of the time.
-  if (threads == 1 || 8 * v.n_tiles >= 7 * rounds * threads) {
-    on_threads(static_cast<int>(std::min<int64_t>(threads, v.n_tiles)), run_tiles, &job);
-    return job.failed ? kNoMemory : kDone;
+  job.first_tile = 0;
+  // Whole tiles as long as every thread has one of the same size, then parts of those that are left.
+  const int64_t whole = threads == 1 ? v.n_tiles : v.whole_tiles / threads * threads;
+  const int64_t left = v.n_tiles - whole;
+  if (whole) {
+    job.n_items = whole;
+    on_threads(threads, run_tiles, &job);
   }
-  job.z = t_z.floats(v.z_floats * v.n_tiles);
+  if (!left || job.failed) return job.failed ? kNoMemory : kDone;
+  job.first_tile = whole;
+  job.z = t_z.floats(v.z_floats * left);
   if (!job.z) return kNoMemory;
-  // Each part of a split packs (or transforms) the input again, which costs Winograd more.
-  const int64_t wanted = (v.head->transform == kWinograd ? 1 : 4) * threads;
-  const int64_t whole = v.n_tiles * v.head->n_split;
-  job.parts = std::max<int64_t>(1, (wanted + whole - 1) / whole);
-  job.n_items = v.n_tiles * v.head->n_split * job.parts;
+  // Each part of a split packs (or transforms) its input again; 1 x 1 kernels need little of that.
+  const int64_t wanted = (v.head->kernel_h * v.head->kernel_w == 1 ? 4 : 1) * threads;
+  const int64_t splits = left * v.head->n_split;
+  job.parts = std::max<int64_t>(1, (wanted + splits - 1) / splits);
+  job.n_items = splits * job.parts;
+  job.next = 0;
   on_threads(threads, run_parts, &job);
   if (job.failed) return kNoMemory;
-  job.next = 0;
   job.parts = 2 * threads;
-  job.n_items = v.n_tiles * job.parts;
+  job.n_items = left * job.parts;
+  job.next = 0;
   on_threads(threads, merge_parts, &job);
   return job.failed ? kNoMemory : kDone;
 }

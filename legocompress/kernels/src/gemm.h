@@ -1,5 +1,8 @@
 // The inner loops: a panel of 1 to 6 Lego filters against a register tile of pixels.
 
+// Floats. In a network filters come from memory, each once: fetched early enough, they cost nothing.
+constexpr int64_t kFilterAhead = 512;
+
 // z[r][v] (+)= sum over channels and taps of a[channel][tap][r] * x[channel * stride + tap_at + dx].
 // TAPS is 1, 9, or 0 for any number.
 template <int MR, int NV, int TAPS>
@@ -22,6 +25,7 @@ void panel_tile(const float* a, int64_t channels, int64_t n_taps, const int64_t*
     const float* p = x + tap_at[0];
 #pragma GCC unroll 2
     for (int64_t c = 0; c < channels; c++) {
+      __builtin_prefetch(a + kFilterAhead);
       V xv[NV];
       UNROLL for (int v = 0; v < NV; v++) xv[v] = load(p + d[v]);
       UNROLL for (int r = 0; r < MR; r++) {
@@ -37,6 +41,7 @@ void panel_tile(const float* a, int64_t channels, int64_t n_taps, const int64_t*
 #pragma GCC unroll 3
       for (int64_t t = 0; t < taps; t++) {
         const float* p = x + tap_at[t];
+        __builtin_prefetch(a + kFilterAhead);
         V xv[NV];
         UNROLL for (int v = 0; v < NV; v++) xv[v] = load(p + d[v]);
         UNROLL for (int r = 0; r < MR; r++) {
@@ -82,6 +87,7 @@ void panel_columns(const float* a, int64_t mr, int64_t depth, const float* colum
   }
   int64_t k = 0;
   for (; k + U <= depth; k += U) {
+    __builtin_prefetch(a + k * mr + kFilterAhead);
     UNROLL for (int u = 0; u < U; u++) {
       const V8 av = load8(a + (k + u) * mr);
       UNROLL for (int n = 0; n < NC; n++) s[n][u] += av * column[n * column_stride + k + u];

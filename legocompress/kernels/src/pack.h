@@ -87,6 +87,25 @@ INLINE void copy_run(float* to, const float* from, int64_t start, int64_t shift,
   }
 }
 
+// The same for every other pixel of rows that are `pitch` floats apart, as one block. A vector's rest
+// may stand past a row until the next one is written. Returns how many of the rows it copied: it
+// reads nothing from `end` on.
+INLINE int64_t copy_alternate(float* to, const float* from, int64_t pitch, int64_t rows,
+                              const Span& s, const float* end) {
+  const int64_t n = s.high - s.low;
+  const float* p = from + s.start + 2 * s.low;
+  int64_t r = 0;
+  for (; r < rows && n > 0 && end - p >= 2 * most(n, kLanes); r++, to += s.count, p += pitch) {
+    for (int64_t i = 0; i < s.low; i++) to[i] = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      if (n - i < kLanes) i = most(0, n - kLanes);
+      store(to + s.low + i, even_lanes(load(p + 2 * i), load(p + 2 * i + kLanes)));
+    }
+    for (int64_t i = s.high; i < s.count; i++) to[i] = 0;
+  }
+  return r;
+}
+
 // to[c * stride + i] = from[i * step + c]: pixels of a channels-last map.
 INLINE void gather_pixels(float* to, int64_t stride, const float* from, int64_t step, int64_t count,
                           int64_t channels) {
@@ -159,22 +178,34 @@ INLINE void pack_flat(const Conv& v, float* to, int64_t stride, int64_t image, i
   const Span of_head(start + column * v.stride_w, v.stride_w, head, v.width);
   const Span of_whole(start, v.stride_w, v.out_w, v.width);
   const Span of_tail(start, v.stride_w, tail, v.width);
+  const int64_t row = row0 * v.stride_h + phase - v.pad_h;
+  const Span rows(row + v.stride_h, v.stride_h, whole, v.height);  // of the whole ones
+  const int64_t plane = v.height * v.width;
+  const float* from = v.x + (image * v.head->channels + channel) * plane;
+  const float* end = v.x + v.batch * v.head->channels * plane;
   // Channel by channel where a channel is a plane, so that its rows are read in order.
   const int64_t at_once = v.channels_last ? channels : 1;
   for (int64_t c = 0; c < channels; c += at_once) {
     float* p = to + c * stride;
     if (!v.channels_last && tap == 0 && c + kAhead < channels) {
-      const int64_t low = most(0, row0 * v.stride_h - v.pad_h), plane = v.height * v.width;
-      fetch(v.x + (image * v.head->channels + channel + c + kAhead) * plane + low * v.width,
+      const int64_t low = most(0, row0 * v.stride_h - v.pad_h);
+      fetch(from + (c + kAhead) * plane + low * v.width,
             least(v.height - low, (whole + 2) * v.stride_h) * v.width);
     }
-    int64_t row = row0 * v.stride_h + phase - v.pad_h;
     pack_row(v, p, stride, image, channel + c, at_once, row, of_head);
     p += head;
-    for (int64_t r = 0; r < whole; r++, p += v.out_w) {
-      row += v.stride_h;
-      pack_row(v, p, stride, image, channel + c, at_once, row, of_whole);
+    for (int64_t r = 0; r < whole; r++) {
+      if (r == rows.low && v.stride_w == 2 && !v.channels_last) {
+        r += copy_alternate(p + r * v.out_w, from + c * plane + (rows.start + r * rows.step) * v.width,
+                            rows.step * v.width, rows.high - r, of_whole, end);
+        if (r == whole) break;
+      }
+      pack_row(v, p + r * v.out_w, stride, image, channel + c, at_once, rows.start + r * rows.step,
+               of_whole);
     }
-    if (tail) pack_row(v, p, stride, image, channel + c, at_once, row + v.stride_h, of_tail);
+    p += whole * v.out_w;
+    if (tail) {
+      pack_row(v, p, stride, image, channel + c, at_once, rows.start + whole * rows.step, of_tail);
+    }
   }
 }

@@ -58,20 +58,17 @@ INLINE void flat_taps(const Conv& v, int64_t run_pixels, Taps& t) {
 INLINE void pack_flat_run(const Conv& v, float* to, int64_t stride, const Run& run, int64_t channel,
                           int64_t channels, int64_t run_pixels) {
   const int64_t kh = v.head->kernel_h, kw = v.head->kernel_w;
-  const int64_t at_once = v.channels_last ? channels : 1;
-  for (int64_t c = 0; c < channels; c += at_once) {
-    int64_t at = 0;
-    for (int64_t x = 0; x < kw; x++) {
-      for (int64_t phase = 0; phase < v.stride_h; phase++) {
-        int64_t shift = -1;
-        for (int64_t y = 0; y < kh; y++) {
-          if (y * v.dilation_h % v.stride_h == phase) shift = y * v.dilation_h / v.stride_h;
-        }
-        if (shift < 0) continue;
-        pack_flat(v, to + c * stride + at, stride, run.image, channel + c, at_once, run.first,
-                  run.count + shift * v.out_w, phase, x);
-        at += round_up(run_pixels + shift * v.out_w, 16);
+  int64_t at = 0;
+  for (int64_t x = 0; x < kw; x++) {
+    for (int64_t phase = 0; phase < v.stride_h; phase++) {
+      int64_t shift = -1;
+      for (int64_t y = 0; y < kh; y++) {
+        if (y * v.dilation_h % v.stride_h == phase) shift = y * v.dilation_h / v.stride_h;
       }
+      if (shift < 0) continue;
+      pack_flat(v, to + at, stride, run.image, channel, channels, run.first,
+                run.count + shift * v.out_w, phase, x);
+      at += round_up(run_pixels + shift * v.out_w, 16);
     }
   }
 }
@@ -89,7 +86,7 @@ INLINE int64_t channel_stride(const Conv& v, const Taps& t) {
     const Rows r = padded_rows(v, v.tile_pixels / v.out_w);
     return odd_lines(r.count * r.floats + kLanes);
   }
-  return odd_lines(t.channel_floats * most(1, v.images_per_tile));
+  return odd_lines(t.channel_floats * most(1, v.images_per_tile) + kLanes);
 }
 
 INLINE int64_t column_floats(const Conv& v) {
@@ -114,7 +111,7 @@ void plan_direct(Conv& v, int threads) {
     // Even tiles, of whole register tiles; a multiple of the threads where there are enough.
     const int64_t blocks = ceil_div(pixels, kPixels);
     int64_t n = ceil_div(blocks * kPixels, want);
-    if (n > 1 || threads > 1) n = least(blocks, round_up(n, threads));
+    if (n > 1) n = least(blocks, round_up(n, threads));
     v.tile_pixels = ceil_div(blocks, n) * kPixels;
     v.n_tiles = ceil_div(pixels, v.tile_pixels);
     v.z_stride = odd_lines(least(v.tile_pixels, round_up(pixels, kPixels)));
@@ -149,6 +146,9 @@ void plan_direct(Conv& v, int threads) {
     v.n_tiles = ceil_div(v.batch, n);
     v.z_stride = odd_lines(v.slot * n);
   }
+  // Of several images' tiles the smaller ones lie between the others: all count as whole.
+  v.whole_tiles = v.n_tiles;
+  if (taps == 1 || v.batch == 1) v.whole_tiles = pixels / v.tile_pixels;
   // Input block: as many channels as keep one register tile's worth of input in the first cache.
   const int64_t depth_channels = most(1, v.depth / taps);
   const int64_t n_blocks = most(1, ceil_div(h.width, depth_channels));
@@ -158,6 +158,23 @@ void plan_direct(Conv& v, int threads) {
   flat_taps(v, v.images_per_tile > 1 ? plane : v.tile_pixels, t);
   const int64_t input = v.channel_block * channel_stride(v, t);
   v.scratch_floats = column_floats(v) + input + 4 * kPixels;
+}
+
+// The first channel of a 1 x 1 conv's tile, where its pixels stand in the image as the inner loops
+// want them; null where they must be packed. Planes a power of two apart would share cache sets, and
+// the last vector may reach past the tile but not past the batch.
+INLINE const float* pixels_in_place(const Conv& v, int64_t tile) {
+  const int64_t plane = v.height * v.width;
+  if (v.channels_last || v.stride_h != 1 || v.stride_w != 1 || v.pad_h || v.pad_w ||
+      plane % 256 == 0) {
+    return nullptr;
+  }
+  const int64_t start = tile * v.tile_pixels, image = start / plane, first = start % plane;
+  const int64_t count = least(v.tile_pixels, v.batch * plane - start);
+  if (first + count > plane) return nullptr;
+  const int64_t last = (v.batch - image) * v.head->channels * plane - (v.head->channels - 1) * plane;
+  if (first + round_up(count, kLanes) > last) return nullptr;
+  return v.x + image * v.head->channels * plane + first;
 }
 
 void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_panel,
@@ -187,11 +204,14 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
   } else {
     flat_taps(v, run_pixels, t);
   }
-  const int64_t stride = channel_stride(v, t);
+  int64_t stride = channel_stride(v, t);
+  const float* in_place = joint ? pixels_in_place(v, tile) : nullptr;
+  if (in_place) stride = v.height * v.width;
   const PanelTile(*by_vectors)[3][kPanel] = kPanelTile;
   const int64_t tap_kind = n_taps == 1 ? 1 : n_taps == 9 ? 2 : 0;
   float* column = scratch;
   float* packed = scratch + column_floats(v);
+  const float* input = packed;
   const int64_t block = v.channel_block;
   // A split without channels still writes its rows: zeros.
   for (int64_t c0 = 0; c0 == 0 || c0 < channels; c0 += block) {
@@ -200,7 +220,9 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
     int64_t total = 0;  // pixels, where the runs of all images are one
     each_run(v, tile, [&](const Run& run) {
       total = run.offset + run.count;
-      if (joint) {
+      if (in_place) {
+        input = in_place + channel * stride;
+      } else if (joint) {
         pack_flat(v, packed + run.offset, stride, run.image, channel, c, run.first, run.count, 0, 0);
       } else if (v.direct_rows) {
         const Rows rows = padded_rows(v, run.count / v.out_w);
@@ -242,10 +264,10 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
     };
     const int64_t slot_floats = t.channel_floats;
     if (joint) {
-      prepare_columns(total, packed, 0);
+      prepare_columns(total, input, 0);
     } else {
       each_run(v, tile, [&](const Run& run) {
-        prepare_columns(run.count, packed + n_runs * slot_floats, n_runs);
+        prepare_columns(run.count, input + n_runs * slot_floats, n_runs);
         n_runs++;
       });
     }
@@ -282,11 +304,11 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
         }
       };
       if (joint) {
-        run_panel(total, packed, z, 0);
+        run_panel(total, input, z, 0);
       } else {
         int64_t n = 0;
         each_run(v, tile, [&](const Run& run) {
-          run_panel(run.count, packed + n * slot_floats, z + run.offset, n);
+          run_panel(run.count, input + n * slot_floats, z + run.offset, n);
           n++;
         });
       }

@@ -9,9 +9,9 @@ struct Bands {
   INLINE explicit Bands(const Conv& v) : across(ceil_div(v.out_w, 4)), down(ceil_div(v.out_h, 4)) {}
 };
 
-// Floats of a padded input row, of its four column phases, and of all rows of a band.
-INLINE int64_t phase_floats(const Conv& v) {
-  return round_up(ceil_div(v.out_w, 4) + 2, kLanes) + kLanes;
+// Floats of a line of patches: those of all bands of a tile side by side, and of one band more.
+INLINE int64_t line_floats(const Conv& v) {
+  return round_up((v.tile_pixels + 1) * ceil_div(v.out_w, 4), kLanes) + 2 * kLanes;
 }
 
 // From one frequency to the next: an odd number of lines, or all 36 would fall into one cache set.
@@ -24,18 +24,20 @@ void plan_winograd(Conv& v, int threads) {
   int64_t most_rows = 0;
   for (int64_t i = 0; i < h.n_split; i++) most_rows = most(most_rows, v.split_rows[i]);
   int64_t at_once = most(1, v.patches / b.across);
-  if (threads > 1) at_once = least(at_once, ceil_div(bands, threads));
+  // Tiles a thread, but for those that would leave most lanes empty: their splits are shared.
+  const int64_t each = ceil_div(bands, threads);
+  if (each * b.across >= 2 * kPixels) at_once = least(at_once, each);
   v.n_tiles = ceil_div(bands, at_once);
   v.tile_pixels = ceil_div(bands, v.n_tiles);  // bands of a tile
   v.n_tiles = ceil_div(bands, v.tile_pixels);
-  // A band's last vector may reach into the next band's place, which is written after it.
-  const int64_t patches = (v.tile_pixels - 1) * b.across + round_up(b.across, kLanes);
-  v.z_stride = odd_lines(round_up(patches, kPixels));
+  v.whole_tiles = bands / v.tile_pixels;
+  const int64_t patches = v.tile_pixels * b.across;
+  // An image's last vector may reach as far into the next one's place, which is written after it.
+  v.z_stride = odd_lines(round_up(patches, kLanes) + (v.batch > 1 ? kLanes : 0));
   v.z_floats = most(1, h.n_rows) * 16 * v.z_stride + kPixels;
-  const int64_t rows = 6 * 4 * phase_floats(v) + 4 * phase_floats(v) + 64;
   v.scratch_floats = kFrequencies * (frequency_floats(h.width, v.z_stride) +
                                      frequency_floats(most_rows, v.z_stride)) +
-                     rows + 4 * kPixels;
+                     kMaxColumns * h.width + (24 + 4) * line_floats(v) + 4 * kPixels;
 }
 
 // B^T d of one row or column of six.
@@ -62,30 +64,51 @@ INLINE void output_four(const V* m, int64_t step, V* out) {
   out[3] = 8.0f * e + b + m5;
 }
 
-// One input row, zero-padded, as four column phases: to[p * floats + i] is column 4 i + p - pad.
-INLINE void split_phases(const Conv& v, float* to, float* row, int64_t image, int64_t channel,
-                         int64_t y) {
-  const int64_t floats = phase_floats(v), c_in = v.head->channels;
-  if (y < 0 || y >= v.height) {
-    for (int64_t i = 0; i < 4 * floats; i += kLanes) store(to + i, V{});
-    return;
-  }
-  const int64_t n = least(v.width, 4 * floats - v.pad_w);
-  if (v.channels_last) {
-    const float* from = v.x + (image * v.height + y) * v.width * c_in + channel;
-    for (int64_t i = 0; i < n; i++) row[v.pad_w + i] = from[i * c_in];
-  } else {
-    copy(row + v.pad_w, v.x + ((image * c_in + channel) * v.height + y) * v.width, n);
-  }
-  for (int64_t i = 0; i < floats; i += kLanes) {
-    const V a = load(row + 4 * i), b = load(row + 4 * i + kLanes);
-    const V c = load(row + 4 * i + 2 * kLanes), d = load(row + 4 * i + 3 * kLanes);
-    const V even0 = even_lanes(a, b), even1 = even_lanes(c, d);
-    const V odd0 = odd_lanes(a, b), odd1 = odd_lanes(c, d);
-    store(to + i, even_lanes(even0, even1));
-    store(to + floats + i, even_lanes(odd0, odd1));
-    store(to + 2 * floats + i, odd_lanes(even0, even1));
-    store(to + 3 * floats + i, odd_lanes(odd0, odd1));
+// Input rows r = 0 to 3 of `bands` bands of one image, of one channel, as lines of patches:
+// lines[(6 r + q) * floats + i] is column q of the patch i. Rows 4 and 5 of a band are rows 0 and 1 of
+// the next, so these have a band more. `row` holds zeros where the padding is, and keeps them.
+INLINE void patch_lines(const Conv& v, float* lines, float* row, const float* plane, int64_t top,
+                        int64_t bands) {
+  const int64_t across = ceil_div(v.out_w, 4), floats = line_floats(v);
+  const int64_t step = v.channels_last ? v.head->channels : 1, pitch = v.width * step;
+  const int64_t n = most(0, least(v.width, 4 * across - v.pad_w));
+  for (int64_t r = 0; r < 4; r++) {
+    const int64_t count = bands + (r < 2);
+    float* line = lines + 6 * r * floats;
+    for (int64_t b = 0; b < count; b++) {
+      const int64_t y = top + 4 * b + r;
+      float* to = row + 4 * across * b + v.pad_w;
+      if (y < 0 || y >= v.height) {
+        for (int64_t i = 0; i < n; i++) to[i] = 0;
+      } else if (step == 1) {
+        copy(to, plane + y * pitch, n);
+      } else {
+        for (int64_t i = 0; i < n; i++) to[i] = plane[y * pitch + i * step];
+      }
+    }
+    for (int64_t i = 0; i < count * across; i += kLanes) {
+      const V a = load(row + 4 * i), b = load(row + 4 * i + kLanes);
+      const V c = load(row + 4 * i + 2 * kLanes), d = load(row + 4 * i + 3 * kLanes);
+      const V even0 = even_lanes(a, b), even1 = even_lanes(c, d);
+      const V odd0 = odd_lanes(a, b), odd1 = odd_lanes(c, d);
+      store(line + i, even_lanes(even0, even1));
+      store(line + floats + i, even_lanes(odd0, odd1));
+      store(line + 2 * floats + i, odd_lanes(even0, even1));
+      store(line + 3 * floats + i, odd_lanes(odd0, odd1));
+    }
+    // Columns 4 and 5 are columns 0 and 1 of the next patch, or past the row's last one.
+    for (int64_t q = 0; q < 2; q++) {
+      float* to = line + (4 + q) * floats;
+      for (int64_t i = 0; i < count * across; i += kLanes) {
+        store(to + i, load(line + q * floats + i + 1));
+      }
+      const int64_t x = 4 * across + q - v.pad_w;
+      for (int64_t b = 0; b < count; b++) {
+        const int64_t y = top + 4 * b + r;
+        const bool inside = x >= 0 && x < v.width && y >= 0 && y < v.height;
+        to[(b + 1) * across - 1] = inside ? plane[y * pitch + x * step] : 0.0f;
+      }
+    }
   }
 }
 
@@ -109,33 +132,33 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
   float* input = scratch;                              // (36, channels, stride)
   float* product = input + kFrequencies * input_step;  // (36, rows, stride)
   const int64_t rows = panels.first(last_panel) - panels.first(first_panel);
-  float* phases = product + kFrequencies * product_step;
-  const int64_t floats = phase_floats(v);
-  float* row = phases + 6 * 4 * floats;
-  for (int64_t i = 0; i < 4 * floats + kLanes; i += kLanes) store(row + i, V{});
+  float* column = product + kFrequencies * product_step;
+  float* lines = column + kMaxColumns * h.width;
+  const int64_t floats = line_floats(v), plane = v.height * v.width;
+  float* row = lines + 24 * floats;
+  for (int64_t i = 0; i < 4 * floats; i += kLanes) store(row + i, V{});
   for (int64_t c = 0; c < channels; c++) {
-    for (int64_t band = band0; band < band1; band++) {
+    for (int64_t band = band0; band < band1;) {
       const int64_t image = band / b.down, down = band % b.down;
-      const int64_t channel = split * h.width + c;
-      // Rows 4 and 5 of the band above are rows 0 and 1 of this one.
-      int64_t r = 0;
-      if (band > band0 && down > 0) {
-        for (int64_t i = 0; i < 2 * 4 * floats; i += kLanes) {
-          store(phases + i, load(phases + 4 * 4 * floats + i));
-        }
-        r = 2;
+      const int64_t bands = least(b.down - down, band1 - band), n = bands * b.across;
+      const int64_t channel = image * h.channels + split * h.width + c;
+      const float* x = v.x + (v.channels_last ? image * (h.channels * (plane - 1)) + channel
+                                              : channel * plane);
+      const int64_t top = 4 * down - v.pad_h;
+      if (!v.channels_last && c + kAhead < channels) {
+        fetch(x + kAhead * plane + most(0, top) * v.width,
+              least(v.height - most(0, top), 4 * bands + 2) * v.width);
       }
-      for (; r < 6; r++) {
-        split_phases(v, phases + r * 4 * floats, row, image, channel, 4 * down - v.pad_h + r);
-      }
+      patch_lines(v, lines, row, x, top, bands);
       float* to = input + c * stride + (band - band0) * b.across;
-      for (int64_t t = 0; t < b.across; t += kLanes) {
+      for (int64_t t = 0; t < n; t += kLanes) {
         V half[36];
         UNROLL for (int q = 0; q < 6; q++) {
-          V column[6], out[6];
-          const float* p = phases + (q & 3) * floats + (q >> 2) + t;
-          UNROLL for (int u = 0; u < 6; u++) column[u] = load(p + u * 4 * floats);
-          input_six(column, 1, out);
+          V d[6], out[6];
+          UNROLL for (int u = 0; u < 6; u++) {
+            d[u] = load(lines + (6 * (u & 3) + q) * floats + (u >> 2) * b.across + t);
+          }
+          input_six(d, 1, out);
           UNROLL for (int u = 0; u < 6; u++) half[u * 6 + q] = out[u];
         }
         UNROLL for (int u = 0; u < 6; u++) {
@@ -146,9 +169,11 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
           }
         }
       }
+      band += bands;
     }
   }
-  const int64_t block = most(1, v.depth);
+  const int64_t block = most(1, v.depth), rest = patches % kLanes;
+  const int64_t whole = rest <= kMaxColumns ? patches - rest : patches;  // patches in vectors
   int64_t dx[LEGO_VECTORS];
   UNROLL for (int64_t u = 0; u < LEGO_VECTORS; u++) dx[u] = u * kLanes;
   const int64_t no_tap = 0;
@@ -156,13 +181,19 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
     for (int64_t c0 = 0; c0 == 0 || c0 < channels; c0 += block) {
       const int64_t n = least(block, channels - c0);
       const float* x = input + f * input_step + c0 * stride;
+      for (int64_t i = whole; i < patches; i++) {
+        for (int64_t k = 0; k < n; k++) column[(i - whole) * n + k] = x[k * stride + i];
+      }
       for (int64_t p = first_panel; p < last_panel; p++) {
         const int64_t mr = panels.height(p);
         const float* a = filters + (f * v.split_rows[split] + panels.first(p)) * channels + c0 * mr;
         float* z = product + f * product_step + (panels.first(p) - panels.first(first_panel)) * stride;
-        for (int64_t i = 0; i < patches; i += kPixels) {
-          const int64_t nv = least(LEGO_VECTORS, ceil_div(patches - i, kLanes));
+        for (int64_t i = 0; i < whole; i += kPixels) {
+          const int64_t nv = least(LEGO_VECTORS, ceil_div(whole - i, kLanes));
           kPanelTile[nv - 1][1][mr - 1](a, n, 1, &no_tap, x + i, stride, dx, z + i, stride, c0 > 0);
+        }
+        if (whole < patches) {
+          kPanelColumns[patches - whole - 1](a, mr, n, column, n, z + whole, stride, c0 > 0);
         }
       }
     }

@@ -1,0 +1,134 @@
+"""Deployed layers that are no convs: max and mean pooling, and linear layers.
+
+PyTorch's threads wait actively for milliseconds after each job, on the cores of the kernels' own
+threads: a network that never calls them is faster by more than its layers are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from legocompress import kernels
+from legocompress.deploy.choices import PoolRoute
+from legocompress.spec import UnitShape
+
+SERIAL = 32768  # elements up to which PyTorch's reductions take one thread
+
+
+class PlainSite(nn.Module):
+    """A layer with a route 'plain', PyTorch's own, and a route 'kernel'."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.route: PoolRoute = "plain"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run by the route in use."""
+        return self.run(self.route, x)
+
+    def run(self, route: PoolRoute, x: Tensor) -> Tensor:
+        """Run by a route of either name."""
+        if (
+            route == "kernel"
+            and type(x) is Tensor
+            and x.dtype == torch.float32
+            and x.device.type == "cpu"
+            and x.is_contiguous()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+            and self.fits(x)
+        ):
+            return self.fast(x)
+        return self.plain(x)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the kernel's route can run such an input."""
+        raise NotImplementedError
+
+    def fast(self, x: Tensor) -> Tensor:
+        """The kernel's route."""
+        raise NotImplementedError
+
+    def plain(self, x: Tensor) -> Tensor:
+        """PyTorch's own."""
+        raise NotImplementedError
+
+
+class PoolSite(PlainSite):
+    """A max pooling; PyTorch's own is slow on NCHW maps. Both routes give the same bits."""
+
+    def __init__(self, name: str, layer: nn.MaxPool2d) -> None:
+        super().__init__(name)
+        kernel, stride, padding, dilation = (
+            (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+            for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        )
+        self.ceil_mode = layer.ceil_mode
+        self.geometry = (kernel, stride, padding, dilation)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the compiled kernel pools such a map."""
+        small = max(self.geometry[0]) <= kernels.MAX_POOL_KERNEL
+        return small and not self.ceil_mode and kernels.available()
+
+    def fast(self, x: Tensor) -> Tensor:
+        """Pool (N, c, H, W) by the compiled kernel."""
+        return kernels.max_pool2d(x, *self.geometry)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Pool (N, c, H, W) by PyTorch."""
+        return F.max_pool2d(x, *self.geometry, self.ceil_mode)
+
+
+class MeanSite(PlainSite):
+    """The mean of each map, in pieces for which PyTorch wakes no threads."""
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the maps are of a few pixels."""
+        return x.dim() == 4 and 0 < x.shape[2] * x.shape[3] <= SERIAL // 16
+
+    def fast(self, x: Tensor) -> Tensor:
+        """(N, c, H, W) to (N, c, 1, 1)."""
+        maps = x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3])
+        means = [part.mean(1) for part in torch.split(maps, SERIAL // maps.shape[1])]
+        return torch.cat(means).reshape(*x.shape[:2], 1, 1)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """(N, c, H, W) to (N, c, 1, 1) by PyTorch."""
+        return F.adaptive_avg_pool2d(x, 1)
+
+
+class LinearSite(PlainSite):
+    """A linear layer on (N, c), as the 1 x 1 conv that it is."""
+
+    def __init__(self, name: str, layer: nn.Linear) -> None:
+        super().__init__(name)
+        self.weight = layer.weight.detach()
+        self.bias = None if layer.bias is None else layer.bias.detach()
+        self._packed: Tensor | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the compiled kernel runs such an input."""
+        return x.dim() == 2 and kernels.available()
+
+    def fast(self, x: Tensor) -> Tensor:
+        """(N, c) to (N, n) by the compiled kernel."""
+        if self._packed is None:
+            n, c = self.weight.shape
+            shape = UnitShape(n, c, (1, 1), 1, n, 1, 1)
+            index = torch.arange(n).reshape(1, n, 1)
+            self._packed = kernels.pack(shape, self.weight[:, :, None, None], index, None)
+        one: Any = (1, 1)
+        y = kernels.lego_conv2d(
+            x[:, :, None, None], self._packed, self.bias, None, one, (0, 0), one, "none"
+        )
+        return y.flatten(1)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """(N, c) to (N, n) by PyTorch."""
+        return F.linear(x, self.weight, self.bias)
