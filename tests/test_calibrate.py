@@ -472,6 +472,18 @@ def test_tuning_leaves_layouts_as_they_were(layout: torch.memory_format) -> None
     assert [p.stride() for n in (student, original) for p in n.parameters()] == strides
 
 
+@pytest.mark.parametrize(("error", "chosen"), [(1.2, 4e-3), (1.5, 1e-3), (torch.nan, 1e-3)])
+def test_a_low_rate_must_lead_by_more_than_a_short_trial_gives_it(
+    error: float, chosen: float
+) -> None:
+    found = iter([error, 1.0])
+    rates: list[float] = []
+    joint.tune_at_better_rate_(
+        nn.Linear(1, 1), lambda rate, **_: rates.append(rate), lambda: next(found), epochs=2
+    )
+    assert rates == [4e-3, 1e-3, chosen]
+
+
 def test_filters_are_tuned_where_their_inputs_are_uncorrelated() -> None:
     mix = torch.randn(6, 6)
     images = torch.einsum("ij,njhw->nihw", mix, torch.randn(32, 6, 8, 8))

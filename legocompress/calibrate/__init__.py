@@ -98,8 +98,8 @@ def calibrate_(
         original: the same architecture with the original weights, on the same device.
         images: (N, c, H, W), preprocessed; `gather` makes them of batches.
         seed: of sampled pixels, clustering and the order of batches.
-        epochs: passes over the images of the last step; 0 leaves it out. The better of two rates
-            is found by up to an eighth more, or by a pass with each where there are few.
+        epochs: passes over the images of the last step; 0 leaves it out. Which of two
+            rates is found by up to an eighth more, or by a pass with each where there are few.
         batch_size: images that run at once; fewer in the last step where there are few in all.
         synthetic: for the record: the images are no photos.
         journal: folder that keeps each repaired layer, so that an interrupted run goes on there

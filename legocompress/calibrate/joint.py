@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 RATES = (4e-3, 1e-3)  # a network without norms falls apart at the higher one
 TRIAL = 16  # the trial of a rate takes one part in so many of the passes
+LEAD = 1.3  # short trials favour low rates: one must beat a higher rate by more than that
 WARM_UP = 0.1
 PURE = 0.25  # share of the steps, at the end, that see images as they are
 OUTPUTS = 0.25  # weight of the network's outputs against the mean of the maps before them
@@ -155,7 +156,7 @@ def tune_at_better_rate_(
     epochs: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Try each of `RATES` for a few passes, then tune at the one of least error.
+    """Try each of `RATES` for a few passes, then tune at the highest that holds its own.
 
     Args:
         model: that `run` changes.
@@ -184,7 +185,9 @@ def tune_at_better_rate_(
         error = judge()
         errors[rate] = error if math.isfinite(error) else math.inf
         model.load_state_dict(start)
-    run(epochs=epochs, rate=min(RATES, key=errors.__getitem__), on_batch=told(len(RATES)))
+    limit = LEAD * min(errors.values())
+    rate = next(rate for rate in RATES if errors[rate] <= limit)
+    run(epochs=epochs, rate=rate, on_batch=told(len(RATES)))
 
 
 def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
