@@ -31,6 +31,7 @@ from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front, steps
 from legocompress.calibrate.joint import (
     RATES,
+    copy_of_state,
     output_error,
     reestimate_norms_,
     tune_,
@@ -373,10 +374,12 @@ def compress(
         theirs = steps(original, images[:2])
         alike = [p for p in points if shapes[p].shape == theirs[p].shape]
 
-        def tune(rate: float) -> None:
-            values = list(network.parameters())
-            convs = [m for m in network.modules() if type(m) is nn.Conv2d]
+        values = list(network.parameters())
+        convs = [m for m in network.modules() if type(m) is nn.Conv2d]
+        with evaluating(network):
             bases = input_bases(network, convs, used)
+
+        def tune(rate: float) -> None:
             tune_(network, original, used, values, alike, epochs, BATCH, seed, rate, bases)
 
         with evaluating(network):
@@ -449,17 +452,13 @@ def _best_rate(
     rates: Sequence[float],
 ) -> float | None:
     """Tune at each rate from the same start; keep what is best, None where that is the start."""
-
-    def state() -> dict[str, Tensor]:
-        return {key: value.clone() for key, value in network.state_dict().items()}
-
-    start = best = state()
+    start = best = copy_of_state(network)
     error, chosen = judge(), None
     for rate in rates:
         network.load_state_dict(start)
         tune(rate)
         if (now := judge()) < error:
-            error, chosen, best = now, rate, state()
+            error, chosen, best = now, rate, copy_of_state(network)
     network.load_state_dict(best)
     return chosen
 

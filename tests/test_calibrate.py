@@ -478,7 +478,7 @@ def test_a_low_rate_must_lead_by_more_than_a_short_trial_gives_it(
 ) -> None:
     found = iter([error, 1.0])
     rates: list[float] = []
-    joint.tune_at_better_rate_(
+    joint.tune_at_chosen_rate_(
         nn.Linear(1, 1), lambda rate, **_: rates.append(rate), lambda: next(found), epochs=2
     )
     assert rates == [4e-3, 1e-3, chosen]

@@ -23,7 +23,7 @@ from legocompress.calibrate.joint import (
     output_error,
     reestimate_norms_,
     tune_,
-    tune_at_better_rate_,
+    tune_at_chosen_rate_,
 )
 from legocompress.calibrate.journal import Journal, digest, state_of
 from legocompress.calibrate.layers import HELD_OUT, repair_layers, unit_of, write_
@@ -152,7 +152,7 @@ def calibrate_(
                 seed=seed,
                 bases=input_bases(model, [layer for _, layer in lego_modules(model)], used),
             )
-            tune_at_better_rate_(model, run, judge, epochs, on_batch)
+            tune_at_chosen_rate_(model, run, judge, epochs, on_batch)
             for _, layer in lego_modules(model):
                 write_(layer, unit_of(layer))  # as the storage types hold the values
 

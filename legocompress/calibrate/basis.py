@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from legocompress.calibrate.layers import sample
-from legocompress.calibrate.stream import Call, hear_convs
+from legocompress.calibrate.stream import Call, hear_calls
 from legocompress.conv import LegoModule
 
 IMAGES = 64
@@ -39,20 +39,21 @@ def input_bases(
     sums: dict[nn.Parameter, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
 
-    def add(layer: Any, call: Call) -> None:
-        filters, channels = layer.weight, call.weight.shape[1]
-        if isinstance(layer, LegoModule):
-            filters = layer.lego_filters
-            channels = layer.lego_shape.n_split * layer.lego_shape.width
+    def add(layer: Any, calls: list[Call]) -> None:
+        is_lego = isinstance(layer, LegoModule)
+        filters = layer.lego_filters if is_lego else layer.weight
         width = filters[0].numel()
         if width > WIDEST:
             return
-        per_image = -(-SAMPLES // len(call.x))
-        image, position = sample(len(call.x), math.prod(call.size), per_image, generator)
-        seen = call.patches(image, position, channels).reshape(-1, width).double()
-        sums[filters] = sums.get(filters, 0) + seen.mT @ seen
+        for call in calls:
+            shape = layer.lego_shape if is_lego else None
+            channels = shape.n_split * shape.width if shape else call.weight.shape[1]
+            per_image = -(-SAMPLES // len(call.x))
+            image, position = sample(len(call.x), math.prod(call.size), per_image, generator)
+            seen = call.patches(image, position, channels).reshape(-1, width).double()
+            sums[filters] = sums.get(filters, 0) + seen.mT @ seen
 
-    hear_convs(model, layers, images[:IMAGES], add)
+    hear_calls(model, layers, images[:IMAGES], add)
     return {
         filters: torch.linalg.eigh(square).eigenvectors.to(filters.dtype)
         for filters, square in sums.items()

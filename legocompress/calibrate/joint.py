@@ -149,7 +149,7 @@ def tune_(
             parameter.grad = None
 
 
-def tune_at_better_rate_(
+def tune_at_chosen_rate_(
     model: nn.Module,
     run: Callable[..., None],
     judge: Callable[[], float],

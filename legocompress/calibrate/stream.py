@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,38 +111,28 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 
 def run_to(model: nn.Module, layer: nn.Module, n_calls: int, images: Tensor) -> list[Call]:
     """Run `model` on images until `layer` has been called `n_calls` times; return its convs."""
-    catch = _Catch()
+    calls: list[Call] = []
     left = n_calls
 
-    def enter(*_: object) -> None:
-        catch.entered = True
-
-    def leave(*_: object) -> None:
+    def on_call(_: nn.Module, convs: list[Call]) -> None:
         nonlocal left
-        catch.entered = False
+        calls.extend(convs)
         left -= 1
         if not left:
             raise _Reached
 
-    hooks = [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
-    try:
-        with catch, torch.no_grad():
-            model(images)
-    except _Reached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return catch.calls
+    with suppress(_Reached):
+        hear_calls(model, [layer], images, on_call)
+    return calls
 
 
-def hear_convs(
+def hear_calls(
     model: nn.Module,
     layers: Iterable[nn.Module],
     images: Tensor,
-    on_conv: Callable[[nn.Module, Call], None],
+    on_call: Callable[[nn.Module, list[Call]], None],
 ) -> None:
-    """Run `model` on images and tell each conv that one of the layers runs, with its layer."""
+    """Run `model` on images; after each call of one of the layers tell it and its convs."""
     catch = _Catch()
 
     def enter(*_: object) -> None:
@@ -149,9 +140,8 @@ def hear_convs(
 
     def leave(layer: nn.Module, *_: object) -> None:
         catch.entered = False
-        for call in catch.calls:
-            on_conv(layer, call)
-        catch.calls.clear()
+        convs, catch.calls = catch.calls, []
+        on_call(layer, convs)
 
     hooks = []
     for layer in layers:
