@@ -66,8 +66,8 @@ def by_sites(model: nn.Module, x: Tensor, route: str | Callable[[ConvSite], obje
             site.use(route, "nchw")  # type: ignore[arg-type]
         else:
             site.run = route(site)  # type: ignore[assignment]
-    for pool in graph.plains:
-        pool.route = "kernel"
+    for plain in graph.plains:
+        plain.route = "kernel"
     run = graph.runner.forward
     return lambda: run(x)
 

@@ -416,6 +416,7 @@ def test_deepcopy_is_equal_and_independent(kind: type[nn.Conv2d], frozen: bool) 
 
 
 def test_pickle_round_trip() -> None:
+    # Processes hand networks on so; no file of ours is read that way.
     model = nn.Sequential(
         lego_(conv(6, 4, 3), n_split=4, n_terms=2),
         lego_(Conv2dSame(4, 4, 3, stride=2).double(), coefficients=False),

@@ -201,7 +201,7 @@ def test_a_corrupt_image_of_a_named_set_is_named(model: nn.Module, tmp_path: Pat
 
 
 def test_cifar10_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
+    import pickle  # CIFAR-10 comes so
 
     from torchvision.datasets import CIFAR10
 

@@ -6,6 +6,7 @@ threads: a network that never calls them is faster by more than its layers are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from legocompress.spec import UnitShape
 SERIAL = 32768  # elements up to which PyTorch's reductions take one thread
 
 
-class PlainSite(nn.Module):
+class PlainSite(nn.Module, ABC):
     """A layer with a route 'plain', PyTorch's own, and a route 'kernel'."""
 
     def __init__(self, name: str) -> None:
@@ -46,17 +47,17 @@ class PlainSite(nn.Module):
             return self.fast(x)
         return self.plain(x)
 
+    @abstractmethod
     def fits(self, x: Tensor) -> bool:
         """Whether the kernel's route can run such an input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fast(self, x: Tensor) -> Tensor:
         """The kernel's route."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self, x: Tensor) -> Tensor:
         """PyTorch's own."""
-        raise NotImplementedError
 
 
 class PoolSite(PlainSite):

@@ -105,13 +105,13 @@ class _Tuner(fx.Interpreter):
         super().__init__(graph.runner)
         self.graph_, self.layout, self.on_layer, self.only = graph, layout, on_layer, only
         self.times: dict[str, dict[str, list[float]]] = {}
-        self.apart = False  # whether routes have threads of their own
+        self.settle = 0.0
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.fetch_attr(target)
         if isinstance(site, ConvSite) and site.name not in self.times:
+            self.settle = _settle(args[0].device)
             self.times[site.name] = _site_times(site, self.only, self.layout, *args[:2])
-            self.apart = bool(_apart(args[0]))
             best: Any = fastest(self.times[site.name])
             site.use(best, self.layout)
             keep = {best, self._best_of(site, dense=True), self._best_of(site, dense=False)}
@@ -123,10 +123,11 @@ class _Tuner(fx.Interpreter):
                 route: lambda route=route: site.run(route, args[0])  # type: ignore[misc]
                 for route in POOL_ROUTES
             }
-            times = interleaved(forms, args[0].device, rounds=5, seconds=0.5, **_apart(args[0]))
+            device, settle = args[0].device, _settle(args[0].device)
+            times = interleaved(forms, device, rounds=5, seconds=0.5, settle=settle)
             self.times[site.name] = times
             kernel, plain = (statistics.median(times[route]) for route in ("kernel", "plain"))
-            site.route = "kernel" if kernel < plain * (WORTH if _apart(args[0]) else 1) else "plain"
+            site.route = "kernel" if kernel < plain * (WORTH if settle else 1) else "plain"
         return super().call_module(target, args, kwargs)
 
     def _best_of(self, site: ConvSite, dense: bool) -> Any:
@@ -134,7 +135,7 @@ class _Tuner(fx.Interpreter):
         times = self.times[site.name]
         some = {r: t for r, t in times.items() if (r in DENSE_ROUTES) == dense} or times
         route = fastest(some)
-        limit = WORTH if self.apart else NOISE if site.is_lego else 1.0
+        limit = WORTH if self.settle else NOISE if site.is_lego else 1.0
         least = min(map(statistics.median, times.values()))
         near = dense or statistics.median(times[route]) <= limit * least
         return route if near else fastest(times)
@@ -142,7 +143,7 @@ class _Tuner(fx.Interpreter):
     def plans(self) -> dict[str, TunedGraph]:
         """The fastest route of each layer; and, since layers run by themselves find their weights
         in the cache and in a network do not, all dense and all Lego ones."""
-        pools: Routes = {pool.name: pool.route for pool in self.graph_.plains}
+        plains: Routes = {site.name: site.route for site in self.graph_.plains}
         sites = [site for site in self.graph_.convs if site.name in self.times]
         every: dict[str, Routes] = {
             "fastest": {site.name: fastest(self.times[site.name]) for site in sites},  # type: ignore[misc]
@@ -150,7 +151,7 @@ class _Tuner(fx.Interpreter):
             "lego": {site.name: self._best_of(site, dense=False) for site in sites},
         }
         return {
-            name: TunedGraph(self.layout, {**pools, **chosen}) for name, chosen in every.items()
+            name: TunedGraph(self.layout, {**plains, **chosen}) for name, chosen in every.items()
         }
 
 
@@ -182,14 +183,12 @@ def _site_times(
     if not forms:
         forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual, False)
     rounds = 7 if len(forms) > 1 else 1
-    return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3, **_apart(x))
+    return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3, settle=_settle(x.device))
 
 
-def _apart(x: Tensor) -> dict[str, Any]:
-    """How to time routes that have threads of their own: empty where there is one thread."""
-    if x.device.type != "cpu" or torch.get_num_threads() == 1:
-        return {}
-    return {"settle": SETTLE}
+def _settle(device: torch.device) -> float:
+    """Seconds before a timing where routes have threads of their own; 0 where they have none."""
+    return SETTLE if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0
 
 
 def use_(graph: Graph, plan: TunedGraph) -> None:
@@ -197,8 +196,8 @@ def use_(graph: Graph, plan: TunedGraph) -> None:
     for site in graph.convs:
         if site.name in plan.routes:
             site.use(plan.routes[site.name], plan.layout)  # type: ignore[arg-type]
-    for pool in graph.plains:
-        pool.route = plan.routes[pool.name]  # type: ignore[assignment]
+    for plain in graph.plains:
+        plain.route = plan.routes[plain.name]  # type: ignore[assignment]
 
 
 def misfit(graphs: list[Graph], choices: Choices, x: Tensor) -> str | None:
@@ -209,7 +208,7 @@ def misfit(graphs: list[Graph], choices: Choices, x: Tensor) -> str | None:
         kinds: dict[str, tuple[SiteRoute, ...]] = {
             site.name: site.routes(x.device, x.dtype) for site in graph.convs
         }
-        kinds.update({pool.name: POOL_ROUTES for pool in graph.plains})
+        kinds.update({site.name: POOL_ROUTES for site in graph.plains})
         for name, routes in kinds.items():
             chosen = choices.routes.get(name)
             if chosen not in routes:
@@ -237,8 +236,8 @@ def given(graph: Graph, inputs: tuple[Tensor, ...], choices: Choices) -> TunedGr
     """Prepare the routes of choices that fit the graph."""
     names = [str(site.name) for site in (*graph.convs, *graph.plains)]
     plan = TunedGraph(choices.formats[graph.name], {n: choices.routes[n] for n in names})
-    for pool in graph.plains:
-        pool.route = plan.routes[pool.name]  # type: ignore[assignment]
+    for plain in graph.plains:
+        plain.route = plan.routes[plain.name]  # type: ignore[assignment]
     with torch.no_grad():
         _Packer(graph, plan).run(*(in_layout(x, plan.layout) for x in inputs))
     return plan

@@ -186,6 +186,7 @@ def trace(module: nn.Module, *args: Any) -> ExportedProgram:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
+            # Traced by running it, not by its bytecode, which few networks allow.
             return torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
     # The tracer runs the network's own code, which may refuse in any way.
     except Exception as error:

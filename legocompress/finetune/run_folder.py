@@ -77,6 +77,7 @@ class RunFolder:
         """
         if not (self.path / STATE).is_file():
             return None
+        # Plain values alone are read; what else it meets, torch.load tells by pickle's own error.
         try:
             state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

@@ -178,6 +178,7 @@ def training_transform(model: nn.Module, augment: Augment) -> Callable[[Any], Te
         first = steps[:1] if augment.crop == "resized" else [resized, *shift]
         composed: Callable[[Any], Tensor] = Compose([*first, *steps[1:]])
         return composed
+    # What timm and torchvision raise for arguments that they do not take.
     except (TypeError, ValueError, KeyError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"augment: timm refuses {wanted}: {error}") from error
 
