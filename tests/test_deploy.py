@@ -19,8 +19,11 @@ import legocompress as lego
 from benchmarks.coverage import randomise_, source, tensors
 from legocompress import kernels
 from legocompress.deploy.choices import POOL_ROUTES
+from legocompress.deploy.graph import trace
 from legocompress.deploy.network import deployed_graph
 from legocompress.deploy.plain_site import LinearSite, MeanSite, PoolSite
+from legocompress.deploy.site import ConvSite
+from legocompress.deploy.tune import _site_times
 from legocompress.errors import CheckpointError, DeployError, UsageError
 from legocompress.models import build
 
@@ -588,6 +591,33 @@ def test_residuals_are_overwritten_only_where_nobody_reads_them(keep: bool) -> N
     assert check(model, torch.randn(1, 3, 9, 11), only=("fused",)).n_sums == 2
     calls = [n for n in deployed_graph(model).graph.nodes if n.op == "call_module"]
     assert [len(node.args) for node in calls if "sites" in node.target] == [1, 2, 2 if keep else 3]
+
+
+@torch.no_grad()
+def test_a_spare_residual_is_overwritten_while_timing_in_a_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(1, 3, 9, 11)
+    site = trace("", converted(Twice(keep=False), x), (x,)).convs[2]
+    calls: list[tuple[int, bool]] = []
+    runner = ConvSite.runner
+
+    def heard(self: ConvSite, *route: Any) -> Any:
+        def run(x: Tensor, residual: Tensor, spare: bool) -> Tensor:
+            calls.append((residual.data_ptr(), spare))
+            return run_it(x, residual, spare)
+
+        run_it = runner(self, *route)
+        return run
+
+    monkeypatch.setattr(ConvSite, "runner", heard)
+    residual = torch.randn(1, 8, 9, 11)
+    before = residual.clone()
+    times = _site_times(site, None, "nchw", torch.randn(1, 8, 9, 11), residual, True)
+    assert torch.equal(residual, before)
+    timed = [place for place, spare in calls if spare]
+    assert len(timed) >= sum(map(len, times.values()))
+    assert residual.data_ptr() not in timed
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, (2, 3)])

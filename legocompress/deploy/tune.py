@@ -111,7 +111,7 @@ class _Tuner(fx.Interpreter):
         site = self.fetch_attr(target)
         if isinstance(site, ConvSite) and site.name not in self.times:
             self.settle = _settle(args[0].device)
-            self.times[site.name] = _site_times(site, self.only, self.layout, *args[:2])
+            self.times[site.name] = _site_times(site, self.only, self.layout, *args)
             best: Any = fastest(self.times[site.name])
             site.use(best, self.layout)
             keep = {best, self._best_of(site, dense=True), self._best_of(site, dense=False)}
@@ -161,11 +161,16 @@ def _site_times(
     layout: Format,
     x: Tensor,
     residual: Tensor | None = None,
+    spare: bool = False,
 ) -> dict[str, list[float]]:
-    """Times of the layer's routes on one input, of those whose output is the dense one's."""
+    """Times of the layer's routes on one input, of those whose output is the dense one's.
+
+    A spare residual is overwritten as in the network, but in a copy.
+    """
     site.prepare("assemble", layout, x)
     expected = site.runner("assemble", layout)(x, residual, False)
     limit = TOLERANCE * float(expected.abs().max())
+    own = residual.clone() if spare and residual is not None else residual
     forms: dict[str, Callable[[], object]] = {}
     possible = site.routes(x.device, x.dtype)
     if only is None and "fused" in possible:
@@ -179,7 +184,7 @@ def _site_times(
         except RuntimeError:
             continue  # the library refuses this layer
         if gap <= limit:
-            forms[route] = lambda runner=runner: runner(x, residual, False)  # type: ignore[misc]
+            forms[route] = lambda runner=runner: runner(x, own, spare)  # type: ignore[misc]
     if not forms:
         forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual, False)
     rounds = 7 if len(forms) > 1 else 1
