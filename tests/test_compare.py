@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,18 +11,8 @@ import torch
 import legocompress as lego
 from benchmarks import speed
 from legocompress.benchmark import rivals as forms
-from legocompress.benchmark.memory import peak_bytes
-from legocompress.deploy.timing import fastest, interleaved
 from legocompress.errors import UsageError
-
-SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
-IMAGE = torch.zeros(1, 3, 32, 32)
-
-
-def network(**args: Any) -> torch.nn.Module:
-    model = lego.create("resnet18", pretrained=False, num_classes=10, model_args={**SMALL, **args})
-    plan = lego.plan(model, lego.LegoSpec(m=0.5, o=2, allow_expansion=True), IMAGE)
-    return lego.convert_(model, plan)
+from tests.benchmarking import IMAGE, network
 
 
 @pytest.fixture
@@ -82,27 +71,6 @@ def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert callable(found["eager"])
 
 
-def test_runtimes_compute_the_same() -> None:
-    for package in ("onnxruntime", "onnxscript", "openvino"):
-        pytest.importorskip(package)
-    model = lego.to_dense(network()).eval()
-    x = torch.rand(2, 3, 32, 32)
-    found = dict(forms.rivals(model, None, x, ("onnxruntime", "openvino"), lambda name: None))
-    for form in found.values():
-        assert not isinstance(form, str), form
-        torch.testing.assert_close(torch.as_tensor(form()), model(x).detach(), rtol=1e-3, atol=1e-4)
-
-
-def test_other_merges_compute_the_same() -> None:
-    model = network().eval()
-    x = torch.rand(2, 3, 32, 32)
-    with torch.no_grad():
-        merges = dict(speed.other_merges(model, x))
-        assert len(merges) == 3
-        for run in merges.values():
-            torch.testing.assert_close(run(), model(x), rtol=1e-4, atol=1e-5)
-
-
 def test_the_table_of_the_script(tmp_path: Path, quick: None) -> None:
     run = lego.benchmark(
         network(), 1, 1, ("dense",), 2, 60, IMAGE, also=speed.other_merges
@@ -118,26 +86,3 @@ def test_the_table_of_the_script(tmp_path: Path, quick: None) -> None:
 def test_only_images_on_the_cpu() -> None:
     with pytest.raises(UsageError, match="CPU"):
         lego.benchmark(network().to("meta"), image=IMAGE.to("meta"))
-
-
-def test_peak_memory_is_that_of_the_call() -> None:
-    peak = peak_bytes(lambda: torch.ones(20_000_000).sum())
-    if peak is None:
-        pytest.skip("only Linux tells a process its peak memory")
-    assert 0.9 * 80e6 < peak < 1.5 * 80e6
-    assert peak_bytes(lambda: None) < 10e6
-
-
-def test_timing_runs_in_turns_and_drops_what_has_lost() -> None:
-    ran: list[str] = []
-
-    def form(name: str, cost: int) -> Any:
-        return lambda: ran.append(name) or torch.ones(cost).sum()
-
-    taken = interleaved(
-        {"slow": form("s", 4_000_000), "fast": form("f", 10)}, torch.device("cpu"), 5, drop=2
-    )
-    assert fastest(taken) == "fast"
-    assert (len(taken["slow"]), len(taken["fast"])) == (3, 5)
-    assert "".join(ran) == "sf" + "sfsfsf" + "ff"
-    assert len(interleaved({"one": form("o", 1)}, torch.device("cpu"), 9, seconds=0)["one"]) == 1
