@@ -83,8 +83,8 @@ def tune_(
     """Tune values of all layers together, towards the original's maps.
 
     Minimises the squared error of what the modules `points` and the network put out, each divided
-    by its variance, the network's own weighing less, by Adam with a one-cycle rate. Images are
-    mirrored at random and, but for the last quarter of the steps, blended by pairs, since the
+    by its variance, the network's own weighing less, by Adam with a one-cycle rate. But for the
+    last quarter of the steps, images are mirrored at random and blended by pairs, since the
     original tells what it does on any image. Nothing but `values` changes.
 
     Args:
@@ -121,8 +121,10 @@ def tune_(
             value.requires_grad_(True)
         with _channels_last(model, original):
             for step, chosen in enumerate(batches):
-                blend = step < (1 - PURE) * n_steps
-                inputs = _varied(images[chosen.to(images.device)], generator, blend)
+                inputs = images[chosen.to(images.device)]
+                if step < (1 - PURE) * n_steps:
+                    inputs = _varied(inputs, generator)
+                inputs = inputs.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad():
                     wanted = _maps(original, points, inputs)
                 with torch.enable_grad():
@@ -201,13 +203,11 @@ def _one_cycle(n_steps: int, step: int) -> float:
     return rise * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def _varied(images: Tensor, generator: torch.Generator, blend: bool) -> Tensor:
-    """Mirror half of the images; or also blend each with the one before, which is any other."""
+def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images, and blend each with the one before, which is any other."""
     draws = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images)
     images = torch.where(draws[0] < 0.5, images.flip(3), images)
-    if blend:
-        images = torch.lerp(images, images.roll(1, 0), draws[1])
-    return images.contiguous(memory_format=torch.channels_last)
+    return torch.lerp(images, images.roll(1, 0), draws[1])
 
 
 @contextmanager
