@@ -142,14 +142,19 @@ class _Tuner(fx.Interpreter):
 
     def plans(self) -> dict[str, TunedGraph]:
         """The fastest route of each layer; and, since layers run by themselves find their weights
-        in the cache and in a network do not, all dense and all Lego ones."""
+        in the cache and in a network do not, all dense and all Lego ones. One small pooling by
+        PyTorch's threads can slow down the whole network: on several threads, all Lego is tried
+        with none of them, too."""
         plains: Routes = {site.name: site.route for site in self.graph_.plains}
         sites = [site for site in self.graph_.convs if site.name in self.times]
+        lego: Routes = {site.name: self._best_of(site, dense=False) for site in sites}
         every: dict[str, Routes] = {
             "fastest": {site.name: fastest(self.times[site.name]) for site in sites},  # type: ignore[misc]
             "dense": {site.name: self._best_of(site, dense=True) for site in sites},
-            "lego": {site.name: self._best_of(site, dense=False) for site in sites},
+            "lego": lego,
         }
+        if self.settle:
+            every["lego alone"] = {**lego, **dict.fromkeys(plains, "kernel")}
         return {
             name: TunedGraph(self.layout, {**plains, **chosen}) for name, chosen in every.items()
         }
