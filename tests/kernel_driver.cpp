@@ -23,6 +23,12 @@ struct PoolCall {
   int64_t planes, sizes[4], kernel[2], stride[2], pad[2], dilation[2], threads;
 };
 extern "C" int64_t lego_max_pool2d(const PoolCall*);
+struct MeansCall {
+  const float* x;
+  float* y;
+  int64_t planes, size, threads;
+};
+extern "C" int64_t lego_means(const MeansCall*);
 extern "C" const char* lego_isa();
 
 static FILE* file;
@@ -39,7 +45,7 @@ static std::vector<T> values() {
   return v;
 }
 
-// Poolings of all kinds against plain loops; returns how many, or exits.
+// Poolings and means of all kinds against plain loops; returns how many, or exits.
 static int pool_cases() {
   int n = 0;
   uint32_t seed = 1;
@@ -83,6 +89,20 @@ static int pool_cases() {
       }
     }
     n++;
+  }
+  for (int64_t size = 1; size < 70; size++, n++) {
+    std::vector<float> x(static_cast<size_t>(5 * size)), y(5);
+    for (float& a : x) a = static_cast<float>(below(1000)) - 500;
+    const MeansCall c{x.data(), y.data(), 5, size, 1 + size % 3};
+    if (lego_means(&c)) std::exit(4);
+    for (int64_t i = 0; i < 5; i++) {
+      double sum = 0;
+      for (int64_t k = 0; k < size; k++) sum += x[static_cast<size_t>(i * size + k)];
+      if (std::fabs(y[static_cast<size_t>(i)] - sum / static_cast<double>(size)) > 1e-3) {
+        std::printf("mean of %d: %g\n", static_cast<int>(size), y[static_cast<size_t>(i)]);
+        std::exit(4);
+      }
+    }
   }
   return n;
 }
@@ -137,7 +157,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  if (pool_cases() != 300) return 4;
+  if (pool_cases() != 300 + 69) return 4;
   std::printf("%s: %lld calls, worst error %.1e\n", lego_isa(), static_cast<long long>(n_cases),
               worst);
   return 0;

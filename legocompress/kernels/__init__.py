@@ -3,7 +3,7 @@
 from legocompress.kernels.library import available, isa, why_unavailable
 from legocompress.kernels.operator import ACTIVATIONS, FVCORE_HANDLES, lego_conv2d
 from legocompress.kernels.pack import TRANSFORMS, pack, supports
-from legocompress.kernels.pool import MAX_POOL_KERNEL, max_pool2d
+from legocompress.kernels.pool import MAX_POOL_KERNEL, global_mean, max_pool2d
 
 __all__ = [
     "ACTIVATIONS",
@@ -11,6 +11,7 @@ __all__ = [
     "MAX_POOL_KERNEL",
     "TRANSFORMS",
     "available",
+    "global_mean",
     "isa",
     "lego_conv2d",
     "max_pool2d",

@@ -22,6 +22,8 @@ _FAULTS = {
 ARGUMENTS = struct.Struct("=21q")
 # The fields of PoolCall there.
 POOL_ARGUMENTS = struct.Struct("=16q")
+# The fields of MeansCall there.
+MEANS_ARGUMENTS = struct.Struct("=5q")
 
 
 @functools.cache
@@ -38,10 +40,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(found[0]))
         library.lego_isa.restype = ctypes.c_char_p
         library.lego_isa.argtypes = []
-        library.lego_conv2d.restype = ctypes.c_int64
-        library.lego_conv2d.argtypes = [ctypes.c_char_p]
-        library.lego_max_pool2d.restype = ctypes.c_int64
-        library.lego_max_pool2d.argtypes = [ctypes.c_char_p]
+        for function in (library.lego_conv2d, library.lego_max_pool2d, library.lego_means):
+            function.restype = ctypes.c_int64
+            function.argtypes = [ctypes.c_char_p]
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels cannot be loaded: {error}"
     isa = library.lego_isa()
@@ -99,6 +100,18 @@ def call_pool(arguments: bytes) -> None:
     if library is None:
         raise KernelError(text)
     _check(library.lego_max_pool2d(arguments))
+
+
+def call_means(arguments: bytes) -> None:
+    """Average maps; the arguments are a MeansCall of src/driver.cpp, by `MEANS_ARGUMENTS`.
+
+    Raises:
+        KernelError: there are no compiled kernels, or they refuse the call.
+    """
+    library, text = _load()
+    if library is None:
+        raise KernelError(text)
+    _check(library.lego_means(arguments))
 
 
 def _check(status: int) -> None:

@@ -1,4 +1,4 @@
-"""Max pooling by the compiled kernels: PyTorch's own is slow on NCHW maps."""
+"""Pooling by the compiled kernels, which wakes none of PyTorch's threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from legocompress.errors import KernelError
-from legocompress.kernels.library import POOL_ARGUMENTS, call_pool
+from legocompress.kernels.library import MEANS_ARGUMENTS, POOL_ARGUMENTS, call_means, call_pool
 
 MAX_POOL_KERNEL = 32  # kMaxPool in src/lego.h
 Pair = tuple[int, int]
@@ -25,8 +25,7 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     Raises:
         KernelError: another input, a geometry out of these bounds, or no compiled kernels.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4 or not x.is_contiguous():
-        raise KernelError("the pooling kernel runs contiguous float32 maps (N, c, H, W) on the CPU")
+    _check(x)
     out = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
@@ -40,3 +39,27 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
         places = (x.data_ptr(), y.data_ptr())
         call_pool(POOL_ARGUMENTS.pack(*places, *sizes, *geometry, torch.get_num_threads()))
     return y
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """The mean of each map (N, c, H, W), as (N, c, 1, 1); it has no gradient.
+
+    Args:
+        x: float32 on the CPU, contiguous, of at least one pixel.
+
+    Raises:
+        KernelError: another input, or no compiled kernels.
+    """
+    _check(x)
+    n_maps, size = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
+    y = torch.empty((*x.shape[:2], 1, 1), dtype=torch.float32)
+    if n_maps:
+        call_means(
+            MEANS_ARGUMENTS.pack(x.data_ptr(), y.data_ptr(), n_maps, size, torch.get_num_threads())
+        )
+    return y
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4 or not x.is_contiguous():
+        raise KernelError("the pooling kernels run contiguous float32 maps (N, c, H, W) on the CPU")

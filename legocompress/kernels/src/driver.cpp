@@ -136,12 +136,45 @@ Status read_unit(const char* packed, int64_t bytes, Conv& v) {
   return static_cast<int64_t>(largest) < h.n_rows ? kDone : kBadRows;
 }
 
+// Items dealt out in one range a thread, so that a thread finds in its own cache what it wrote there
+// a layer before; whoever is done with its range helps with the others.
+class Deal {
+ public:
+  void start(int64_t items, int threads) {
+    n_ = std::min(threads, kMostRanges);
+    for (int i = 0; i < n_; i++) {
+      ranges_[i].next = items * i / n_;
+      ranges_[i].end = items * (i + 1) / n_;
+    }
+  }
+
+  // The next item, or -1 where none is left.
+  int64_t take() {
+    for (int i = 0; i < n_; i++) {
+      Range& range = ranges_[(thread_number() + i) % n_];
+      if (range.next.load(std::memory_order_relaxed) >= range.end) continue;
+      const int64_t item = range.next++;
+      if (item < range.end) return item;
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int kMostRanges = 64;
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  Range ranges_[kMostRanges];
+  int n_;
+};
+
 struct Job {
   const Conv* conv;
   const Kernel* kernel;
-  std::atomic<int64_t> next{0};
+  Deal items;
   std::atomic<bool> failed{false};
-  int64_t first_tile, n_items;
+  int64_t first_tile;
   int64_t parts;  // that a split of a tile is cut into, or output channels of a tile
   float* z;       // of all tiles from the first on, where threads share tiles
 };
@@ -156,7 +189,7 @@ void run_tiles(void* context) {
     job.failed = true;
     return;
   }
-  for (int64_t tile; (tile = job.next++) < job.n_items;) {
+  for (int64_t tile; (tile = job.items.take()) >= 0;) {
     for (int64_t split = 0; split < v.head->n_split; split++) {
       job.kernel->transform(v, tile, split, 0, (v.split_rows[split] + kPanel - 1) / kPanel, z,
                             scratch);
@@ -174,7 +207,7 @@ void run_parts(void* context) {
     job.failed = true;
     return;
   }
-  for (int64_t item; (item = job.next++) < job.n_items;) {
+  for (int64_t item; (item = job.items.take()) >= 0;) {
     const int64_t part = item % job.parts, split = item / job.parts % v.head->n_split;
     const int64_t tile = item / job.parts / v.head->n_split;
     const int64_t panels = (v.split_rows[split] + kPanel - 1) / kPanel;
@@ -194,7 +227,7 @@ void merge_parts(void* context) {
     job.failed = true;
     return;
   }
-  for (int64_t item; (item = job.next++) < job.n_items;) {
+  for (int64_t item; (item = job.items.take()) >= 0;) {
     const int64_t part = item % job.parts, tile = item / job.parts;
     // Multiples of 16 channels, so that blocks of channels stay whole.
     const int64_t blocks = (v.head->n_out + 15) / 16;
@@ -215,7 +248,7 @@ Status run(const Conv& v, const Kernel& k, int threads) {
   const int64_t whole = threads == 1 ? v.n_tiles : v.whole_tiles / threads * threads;
   const int64_t left = v.n_tiles - whole;
   if (whole) {
-    job.n_items = whole;
+    job.items.start(whole, threads);
     on_threads(threads, run_tiles, &job);
   }
   if (!left || job.failed) return job.failed ? kNoMemory : kDone;
@@ -226,13 +259,11 @@ Status run(const Conv& v, const Kernel& k, int threads) {
   const int64_t wanted = (v.head->kernel_h * v.head->kernel_w == 1 ? 4 : 1) * threads;
   const int64_t splits = left * v.head->n_split;
   job.parts = std::max<int64_t>(1, (wanted + splits - 1) / splits);
-  job.n_items = splits * job.parts;
-  job.next = 0;
+  job.items.start(splits * job.parts, 1);
   on_threads(threads, run_parts, &job);
   if (job.failed) return kNoMemory;
   job.parts = 2 * threads;
-  job.n_items = left * job.parts;
-  job.next = 0;
+  job.items.start(left * job.parts, 1);
   on_threads(threads, merge_parts, &job);
   return job.failed ? kNoMemory : kDone;
 }
@@ -255,6 +286,22 @@ void run_pool(void* context) {
   }
   for (int64_t first; (first = kPlanes * job.next++) < p.planes;) {
     job.kernel->max_pool(p, first, std::min(first + kPlanes, p.planes), row);
+  }
+}
+
+struct MeansJob {
+  const float* x;
+  float* y;
+  int64_t planes, size;
+  const Kernel* kernel;
+  std::atomic<int64_t> next{0};
+};
+
+void run_means(void* context) {
+  constexpr int64_t kPlanes = 64;
+  MeansJob& job = *static_cast<MeansJob*>(context);
+  for (int64_t first; (first = kPlanes * job.next++) < job.planes;) {
+    job.kernel->means(job.x, job.size, first, std::min(first + kPlanes, job.planes), job.y);
   }
 }
 
@@ -365,4 +412,28 @@ EXPORT int64_t lego_max_pool2d(const PoolCall* c) {
   job.kernel = k;
   on_threads(static_cast<int>(std::min(c->threads, c->planes)), run_pool, &job);
   return job.failed ? kNoMemory : kDone;
+}
+
+struct MeansCall {
+  const float* x;
+  float* y;
+  int64_t planes, size, threads;
+};
+
+// The mean of each map. The caller vouches for the sizes of x and y; returns a Status.
+EXPORT int64_t lego_means(const MeansCall* c) {
+  using namespace lego;
+  const Kernel* k = kernel();
+  if (!k) return kNoKernel;
+  for (int64_t size : {c->planes, c->size, c->threads}) {
+    if (size < 1 || size > INT32_MAX) return kBadCall;
+  }
+  MeansJob job;
+  job.x = c->x;
+  job.y = c->y;
+  job.planes = c->planes;
+  job.size = c->size;
+  job.kernel = k;
+  on_threads(static_cast<int>(c->threads), run_means, &job);
+  return kDone;
 }

@@ -37,6 +37,6 @@ void merge(const Conv& v, int64_t tile, int64_t first, int64_t last, const float
 
 const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS,
                         plan,      transform,  merge,
-                        max_pool};
+                        max_pool,  means};
 }  // namespace LEGO_ISA
 }  // namespace lego

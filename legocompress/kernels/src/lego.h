@@ -74,6 +74,7 @@ struct Kernel {
   void (*merge)(const Conv&, int64_t tile, int64_t first, int64_t last, const float* z,
                 float* scratch);
   void (*max_pool)(const Pool&, int64_t first, int64_t last, float* row);
+  void (*means)(const float* x, int64_t size, int64_t first, int64_t last, float* y);
 };
 
 // Null where this build has no code for it.

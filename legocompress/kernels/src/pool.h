@@ -1,4 +1,4 @@
-// Max pooling of NCHW maps: each output row is the maximum of input rows, then of their columns.
+// Pooling of NCHW maps. Max pooling: each output row is the maximum of input rows, then of their columns.
 
 // NaN wins, as it does in PyTorch.
 INLINE V vmax_nan(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
@@ -58,5 +58,19 @@ void max_pool(const Pool& p, int64_t first, int64_t last, float* row) {
         for (int64_t u = 0; u < p.out_w - i; u++) y[i + u] = m[u];
       }
     }
+  }
+}
+
+// The means of planes [first, last), each of `size` floats.
+void means(const float* x, int64_t size, int64_t first, int64_t last, float* y) {
+  for (int64_t plane = first; plane < last; plane++) {
+    const float* from = x + plane * size;
+    V sums = V{};
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) sums += load(from + i);
+    float sum = 0;
+    for (; i < size; i++) sum += from[i];
+    UNROLL for (int u = 0; u < kLanes; u++) sum += sums[u];
+    y[plane] = sum / static_cast<float>(size);
   }
 }

@@ -40,6 +40,8 @@ void pause() {
 // About 50 microseconds: longer than from one layer of a network to the next.
 constexpr int kSpins = 4000;
 
+thread_local int t_number = 0;
+
 // One job at a time; a second caller runs alone meanwhile.
 class Pool {
  public:
@@ -48,7 +50,11 @@ class Pool {
     if (!turn.owns_lock()) return work(context);
     try {
       while (static_cast<int>(workers_.size()) < threads - 1) {
-        workers_.emplace_back([this] { serve(); });
+        const int number = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, number] {
+          t_number = number;
+          serve();
+        });
       }
     } catch (const std::system_error&) {
       // No more threads are to be had: the job goes on with those that are there.
@@ -126,6 +132,8 @@ Pool& pool() {
 }
 
 }  // namespace
+
+int thread_number() { return t_number; }
 
 void on_threads(int threads, void (*work)(void*), void* context) {
   if (threads <= 1 || g_forked) return work(context);

@@ -7,4 +7,7 @@ namespace lego {
 // those that came. The caller's own call must be able to do all of the work.
 void on_threads(int threads, void (*work)(void*), void* context);
 
+// 0 for the caller of on_threads, 1 and up for the threads of the pool: the same all its life.
+int thread_number();
+
 }  // namespace lego
