@@ -174,7 +174,7 @@ struct Job {
   const Kernel* kernel;
   Deal items;
   std::atomic<bool> failed{false};
-  int64_t first_tile;
+  int64_t first_tile, n_tiles;  // that are run in parts
   int64_t parts;  // that a split of a tile is cut into, or output channels of a tile
   float* z;       // of all tiles from the first on, where threads share tiles
 };
@@ -208,8 +208,8 @@ void run_parts(void* context) {
     return;
   }
   for (int64_t item; (item = job.items.take()) >= 0;) {
-    const int64_t part = item % job.parts, split = item / job.parts % v.head->n_split;
-    const int64_t tile = item / job.parts / v.head->n_split;
+    const int64_t tile = item % job.n_tiles, part = item / job.n_tiles % job.parts;
+    const int64_t split = item / job.n_tiles / job.parts;
     const int64_t panels = (v.split_rows[split] + kPanel - 1) / kPanel;
     const int64_t first = panels * part / job.parts, last = panels * (part + 1) / job.parts;
     if (first < last) {
@@ -228,7 +228,7 @@ void merge_parts(void* context) {
     return;
   }
   for (int64_t item; (item = job.items.take()) >= 0;) {
-    const int64_t part = item % job.parts, tile = item / job.parts;
+    const int64_t tile = item % job.n_tiles, part = item / job.n_tiles;
     // Multiples of 16 channels, so that blocks of channels stay whole.
     const int64_t blocks = (v.head->n_out + 15) / 16;
     const int64_t first = 16 * (blocks * part / job.parts);
@@ -253,17 +253,18 @@ Status run(const Conv& v, const Kernel& k, int threads) {
   }
   if (!left || job.failed) return job.failed ? kNoMemory : kDone;
   job.first_tile = whole;
+  job.n_tiles = left;
   job.z = t_z.floats(v.z_floats * left);
   if (!job.z) return kNoMemory;
   // Each part of a split packs (or transforms) its input again; 1 x 1 kernels need little of that.
   const int64_t wanted = (v.head->kernel_h * v.head->kernel_w == 1 ? 4 : 1) * threads;
   const int64_t splits = left * v.head->n_split;
   job.parts = std::max<int64_t>(1, (wanted + splits - 1) / splits);
-  job.items.start(splits * job.parts, 1);
+  job.items.start(splits * job.parts, threads);
   on_threads(threads, run_parts, &job);
   if (job.failed) return kNoMemory;
   job.parts = 2 * threads;
-  job.items.start(left * job.parts, 1);
+  job.items.start(left * job.parts, threads);
   on_threads(threads, merge_parts, &job);
   return job.failed ? kNoMemory : kDone;
 }
@@ -271,12 +272,12 @@ Status run(const Conv& v, const Kernel& k, int threads) {
 struct PoolJob {
   const Pool* pool;
   const Kernel* kernel;
-  std::atomic<int64_t> next{0};
+  Deal items;  // blocks of planes of the first bands of output rows, then of the next
+  int64_t bands, blocks;
   std::atomic<bool> failed{false};
 };
 
 void run_pool(void* context) {
-  constexpr int64_t kPlanes = 8;
   PoolJob& job = *static_cast<PoolJob*>(context);
   const Pool& p = *job.pool;
   float* row = t_scratch.floats(p.row_floats + job.kernel->lanes);
@@ -284,8 +285,10 @@ void run_pool(void* context) {
     job.failed = true;
     return;
   }
-  for (int64_t first; (first = kPlanes * job.next++) < p.planes;) {
-    job.kernel->max_pool(p, first, std::min(first + kPlanes, p.planes), row);
+  for (int64_t item; (item = job.items.take()) >= 0;) {
+    const int64_t band = item / job.blocks, block = item % job.blocks;
+    job.kernel->max_pool(p, p.planes * block / job.blocks, p.planes * (block + 1) / job.blocks,
+                         p.out_h * band / job.bands, p.out_h * (band + 1) / job.bands, row);
   }
 }
 
@@ -410,7 +413,12 @@ EXPORT int64_t lego_max_pool2d(const PoolCall* c) {
   PoolJob job;
   job.pool = &p;
   job.kernel = k;
-  on_threads(static_cast<int>(std::min(c->threads, c->planes)), run_pool, &job);
+  // A band a thread, since the conv before has dealt out its rows in the same way.
+  job.bands = std::min(c->threads, c->out_h);
+  job.blocks = (c->planes + 7) / 8;
+  const int threads = static_cast<int>(std::min(c->threads, job.bands * job.blocks));
+  job.items.start(job.bands * job.blocks, threads);
+  on_threads(threads, run_pool, &job);
   return job.failed ? kNoMemory : kDone;
 }
 

@@ -73,7 +73,9 @@ struct Kernel {
   // Output channels [first, last) of one tile: sum rows of Z, add bias and residual, activate.
   void (*merge)(const Conv&, int64_t tile, int64_t first, int64_t last, const float* z,
                 float* scratch);
-  void (*max_pool)(const Pool&, int64_t first, int64_t last, float* row);
+  // Output rows [first_row, last_row) of the planes [first, last).
+  void (*max_pool)(const Pool&, int64_t first, int64_t last, int64_t first_row,
+                   int64_t last_row, float* row);
   void (*means)(const float* x, int64_t size, int64_t first, int64_t last, float* y);
 };
 

@@ -3,13 +3,16 @@
 // NaN wins, as it does in PyTorch.
 INLINE V vmax_nan(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
 
-// Planes [first, last). `row` holds p.row_floats floats.
-void max_pool(const Pool& p, int64_t first, int64_t last, float* row) {
+// Output rows [first_row, last_row) of planes [first, last). `row` holds p.row_floats floats.
+void max_pool(const Pool& p, int64_t first, int64_t last, int64_t first_row, int64_t last_row,
+              float* row) {
   const V lowest = splat(-__builtin_inff());
   for (int64_t i = 0; i < p.row_floats; i += kLanes) store(row + i, lowest);
   float* inside = row + p.pad_w;
-  for (int64_t at = first * p.out_h; at < last * p.out_h; at++) {
-    const int64_t plane = at / p.out_h, top = at % p.out_h * p.stride_h - p.pad_h;
+  const int64_t rows = last_row - first_row;
+  for (int64_t i = first * rows; i < last * rows; i++) {
+    const int64_t plane = i / rows, out_row = first_row + i % rows;
+    const int64_t at = plane * p.out_h + out_row, top = out_row * p.stride_h - p.pad_h;
     const float* from[kMaxPool];
     int64_t n = 0;
     for (int64_t k = 0; k < p.kernel_h; k++) {
