@@ -18,12 +18,12 @@ _FAULTS = {
     4: "there is not enough memory for the kernel's buffers",
     5: "no kernel runs on this CPU",
 }
-# The fields of LegoCall in src/driver.cpp, in order, each of 8 bytes.
-ARGUMENTS = struct.Struct("=21q")
-# The fields of PoolCall there.
-POOL_ARGUMENTS = struct.Struct("=16q")
-# The fields of MeansCall there.
-MEANS_ARGUMENTS = struct.Struct("=5q")
+# LegoCall, PoolCall and MeansCall there: so many fields, each of 8 bytes.
+_ARGUMENTS = {
+    "lego_conv2d": struct.Struct("=21q"),
+    "lego_max_pool2d": struct.Struct("=16q"),
+    "lego_means": struct.Struct("=5q"),
+}
 
 
 @functools.cache
@@ -40,9 +40,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(found[0]))
         library.lego_isa.restype = ctypes.c_char_p
         library.lego_isa.argtypes = []
-        for function in (library.lego_conv2d, library.lego_max_pool2d, library.lego_means):
-            function.restype = ctypes.c_int64
-            function.argtypes = [ctypes.c_char_p]
+        for name in _ARGUMENTS:
+            function = getattr(library, name)
+            function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_char_p]
     except (OSError, AttributeError) as error:
         return None, f"the compiled kernels cannot be loaded: {error}"
     isa = library.lego_isa()
@@ -78,8 +78,8 @@ def isa() -> str:
     return text
 
 
-def call(arguments: bytes) -> None:
-    """Run one convolution; the arguments are a LegoCall of src/driver.cpp, by `ARGUMENTS`.
+def call(function: str, *fields: int) -> None:
+    """Run a function of src/driver.cpp on the fields of its struct of arguments, in order.
 
     Raises:
         KernelError: there are no compiled kernels, or they refuse the call.
@@ -87,33 +87,6 @@ def call(arguments: bytes) -> None:
     library, text = _load()
     if library is None:
         raise KernelError(text)
-    _check(library.lego_conv2d(arguments))
-
-
-def call_pool(arguments: bytes) -> None:
-    """Run one max pooling; the arguments are a PoolCall of src/driver.cpp, by `POOL_ARGUMENTS`.
-
-    Raises:
-        KernelError: there are no compiled kernels, or they refuse the call.
-    """
-    library, text = _load()
-    if library is None:
-        raise KernelError(text)
-    _check(library.lego_max_pool2d(arguments))
-
-
-def call_means(arguments: bytes) -> None:
-    """Average maps; the arguments are a MeansCall of src/driver.cpp, by `MEANS_ARGUMENTS`.
-
-    Raises:
-        KernelError: there are no compiled kernels, or they refuse the call.
-    """
-    library, text = _load()
-    if library is None:
-        raise KernelError(text)
-    _check(library.lego_means(arguments))
-
-
-def _check(status: int) -> None:
+    status = getattr(library, function)(_ARGUMENTS[function].pack(*fields))
     if status:
         raise KernelError(f"the fused kernel refused: {_FAULTS.get(status, f'status {status}')}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from legocompress.errors import KernelError
-from legocompress.kernels.library import ARGUMENTS, call
+from legocompress.kernels.library import call
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 _ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -118,7 +118,7 @@ def _run(
     if sizes[0]:
         arguments = (packed.data_ptr(), packed.numel(), x.data_ptr(), x.shape[1], bias_at)
         rest = (last, code, torch.get_num_threads())
-        call(ARGUMENTS.pack(*arguments, residual_at, y.data_ptr(), *numbers, *rest))
+        call("lego_conv2d", *arguments, residual_at, y.data_ptr(), *numbers, *rest)
     return y
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from legocompress.errors import KernelError
-from legocompress.kernels.library import MEANS_ARGUMENTS, POOL_ARGUMENTS, call_means, call_pool
+from legocompress.kernels.library import call
 
 MAX_POOL_KERNEL = 32  # kMaxPool in src/lego.h
 Pair = tuple[int, int]
@@ -37,7 +37,7 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
         sizes = (x.shape[0] * x.shape[1], *x.shape[2:], *out)
         geometry = (*kernel, *stride, *padding, *dilation)
         places = (x.data_ptr(), y.data_ptr())
-        call_pool(POOL_ARGUMENTS.pack(*places, *sizes, *geometry, torch.get_num_threads()))
+        call("lego_max_pool2d", *places, *sizes, *geometry, torch.get_num_threads())
     return y
 
 
@@ -54,9 +54,7 @@ def global_mean(x: Tensor) -> Tensor:
     n_maps, size = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     y = torch.empty((*x.shape[:2], 1, 1), dtype=torch.float32)
     if n_maps:
-        call_means(
-            MEANS_ARGUMENTS.pack(x.data_ptr(), y.data_ptr(), n_maps, size, torch.get_num_threads())
-        )
+        call("lego_means", x.data_ptr(), y.data_ptr(), n_maps, size, torch.get_num_threads())
     return y
 
 
