@@ -1,5 +1,5 @@
 // Runs recorded calls of lego_conv2d in a process of its own, built with sanitizers by
-// tests/test_kernels.py: every buffer has exactly its size, outputs stand between canaries.
+// tests/test_library.py: every buffer has exactly its size, outputs stand between canaries.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

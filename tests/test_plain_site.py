@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from legocompress import kernels
 from legocompress.deploy.choices import POOL_ROUTES
 from legocompress.deploy.plain_site import LinearSite, MeanSite, PoolSite
-from legocompress.errors import KernelError
 from tests.deploying import Block, X, check, converted
 
 
@@ -32,26 +30,6 @@ def test_every_pooling_is_pooling(
     for route in POOL_ROUTES:
         assert torch.equal(site.run(route, x).nan_to_num(7), pool(x).nan_to_num(7))
     assert torch.equal(before.nan_to_num(7), x.nan_to_num(7))
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_mean_of_each_map(threads: int) -> None:
-    if not kernels.available():
-        pytest.skip("no compiled kernels")
-    torch.set_num_threads(threads)
-    try:
-        for height in range(1, 20):
-            x = torch.randn(3, 50, height, 7)
-            found = kernels.global_mean(x)
-            expected = x.double().mean((2, 3), keepdim=True)
-            assert torch.allclose(found.double(), expected, atol=1e-6)
-        x[1, 2, 3, 4] = torch.nan
-        assert kernels.global_mean(x).isnan().nonzero().tolist() == [[1, 2, 0, 0]]
-    finally:
-        torch.set_num_threads(1)
-    for wrong in (x.double(), x[0], x.transpose(2, 3), x[:, :, :0]):
-        with pytest.raises(KernelError):
-            kernels.global_mean(wrong)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
