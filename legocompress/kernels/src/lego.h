@@ -43,6 +43,7 @@ struct Conv {
   // Tiling. A tile is a run of output pixels; Z of a tile is n_rows rows of z_stride floats.
   bool direct_rows;        // tiles of whole output rows, read from zero-padded input rows
   int64_t n_tiles, tile_pixels, tiles_per_image, images_per_tile, slot;
+  int64_t most_pixels;     // of one run of a tile
   int64_t whole_tiles;     // the first so many are of one size; the others may be smaller
   int64_t z_stride, z_floats, scratch_floats;
   int64_t channel_block;

@@ -22,7 +22,7 @@ INLINE void each_run(const Conv& v, int64_t tile, F f) {
   }
   // All images as one run of pixels.
   const int64_t start = tile * v.tile_pixels;
-  const int64_t end = least(start + v.tile_pixels, v.batch * plane);
+  const int64_t end = tile + 1 == v.n_tiles ? v.batch * plane : start + v.tile_pixels;
   for (int64_t at = start; at < end;) {
     const int64_t first = at % plane, n = least(end - at, plane - first);
     f(Run{at / plane, first, n, at - start});
@@ -107,14 +107,17 @@ void plan_direct(Conv& v, int threads) {
   v.tiles_per_image = 1;
   v.slot = 0;
   if (taps == 1) {
-    want = least(want, round_up(pixels, kPixels));
-    // Even tiles, of whole register tiles; a multiple of the threads where there are enough.
-    const int64_t blocks = ceil_div(pixels, kPixels);
-    int64_t n = ceil_div(blocks * kPixels, want);
-    if (n > 1) n = least(blocks, round_up(n, threads));
-    v.tile_pixels = ceil_div(blocks, n) * kPixels;
-    v.n_tiles = ceil_div(pixels, v.tile_pixels);
-    v.z_stride = odd_lines(least(v.tile_pixels, round_up(pixels, kPixels)));
+    // Even tiles of whole vectors; the last one takes the pixels that are left. As many for each
+    // thread where these come out alike.
+    const int64_t vectors = most(1, pixels / kLanes);
+    int64_t n = ceil_div(vectors * kLanes, want);
+    const int64_t dealt = round_up(n, threads), size = ceil_div(vectors, dealt);
+    if (threads > 1 && 10 * size * dealt <= 11 * vectors) n = dealt;
+    v.tile_pixels = ceil_div(vectors, n) * kLanes;
+    v.n_tiles = ceil_div(vectors * kLanes, v.tile_pixels);
+    v.most_pixels = v.tile_pixels + least(kLanes - 1, pixels % kLanes);
+    v.z_stride = odd_lines(round_up(v.most_pixels, kLanes));
+    v.whole_tiles = v.n_tiles - (vectors * kLanes % v.tile_pixels && v.n_tiles % threads);
   } else if (v.direct_rows) {
     const int64_t rows = v.batch * v.out_h;
     // Rows of padding are packed again by every tile, so these want to be taller.
@@ -147,15 +150,17 @@ void plan_direct(Conv& v, int threads) {
     v.z_stride = odd_lines(v.slot * n);
   }
   // Of several images' tiles the smaller ones lie between the others: all count as whole.
-  v.whole_tiles = v.n_tiles;
-  if (taps == 1 || v.batch == 1) v.whole_tiles = pixels / v.tile_pixels;
+  if (taps > 1) {
+    v.most_pixels = v.images_per_tile > 1 ? plane : v.tile_pixels;
+    v.whole_tiles = v.batch == 1 ? pixels / v.tile_pixels : v.n_tiles;
+  }
   // Input block: as many channels as keep one register tile's worth of input in the first cache.
   const int64_t depth_channels = most(1, v.depth / taps);
   const int64_t n_blocks = most(1, ceil_div(h.width, depth_channels));
   v.channel_block = ceil_div(h.width, n_blocks);
   v.z_floats = most(1, h.n_rows) * v.z_stride + kPixels;
   Taps t;
-  flat_taps(v, v.images_per_tile > 1 ? plane : v.tile_pixels, t);
+  flat_taps(v, v.most_pixels, t);
   const int64_t input = v.channel_block * channel_stride(v, t);
   v.scratch_floats = column_floats(v) + input + 4 * kPixels;
 }
@@ -170,7 +175,7 @@ INLINE const float* pixels_in_place(const Conv& v, int64_t tile) {
     return nullptr;
   }
   const int64_t start = tile * v.tile_pixels, image = start / plane, first = start % plane;
-  const int64_t count = least(v.tile_pixels, v.batch * plane - start);
+  const int64_t count = tile + 1 == v.n_tiles ? v.batch * plane - start : v.tile_pixels;
   if (first + count > plane) return nullptr;
   const int64_t last = (v.batch - image) * v.head->channels * plane - (v.head->channels - 1) * plane;
   if (first + round_up(count, kLanes) > last) return nullptr;
@@ -191,7 +196,6 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
   }
   const bool joint = n_taps == 1;
   Taps t;
-  const int64_t run_pixels = v.images_per_tile > 1 ? v.out_h * v.out_w : v.tile_pixels;
   int64_t row_floats = 0;
   if (v.direct_rows) {
     t.count = n_taps;
@@ -202,7 +206,7 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
       }
     }
   } else {
-    flat_taps(v, run_pixels, t);
+    flat_taps(v, v.most_pixels, t);
   }
   int64_t stride = channel_stride(v, t);
   const float* in_place = joint ? pixels_in_place(v, tile) : nullptr;
@@ -241,7 +245,7 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
         }
       } else {
         pack_flat_run(v, packed + run.offset / most(1, v.slot) * t.channel_floats, stride, run,
-                      channel, c, run_pixels);
+                      channel, c, v.most_pixels);
       }
     });
     const bool add = c0 > 0;
@@ -280,9 +284,10 @@ void transform_direct(const Conv& v, int64_t tile, int64_t split, int64_t first_
         const int64_t rest = tail_of(count), whole = count - rest;
         int64_t dx[LEGO_VECTORS];
         int64_t column_at = 0, row_at = 0;  // of the next vector, where tiles are whole rows
-        for (int64_t i = 0; i < whole; i += kPixels) {
-          int64_t nv = LEGO_VECTORS;
-          if (whole - i < kPixels) nv = ceil_div(whole - i, kLanes);
+        for (int64_t i = 0, nv; i < whole; i += nv * kLanes) {
+          // Register tiles as even as can be.
+          const int64_t vectors = ceil_div(whole - i, kLanes);
+          nv = ceil_div(vectors, ceil_div(vectors, LEGO_VECTORS));
           const float* from = x + i;
           if (v.direct_rows) {
             from = x + row_at + column_at;
