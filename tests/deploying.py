@@ -47,7 +47,8 @@ def check(model: nn.Module, *inputs: Tensor, **settings: Any) -> lego.Deployment
     assert "forward" in model.__dict__
     limit = 1e-12 if inputs[0].dtype == torch.float64 else 1e-5
     assert relative(expected, model(*inputs)) <= limit
-    assert relative(expected_others, model(*others)) <= limit
+    for _ in range(2):  # recorded and replayed
+        assert relative(expected_others, model(*others)) <= limit
     after = model.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[name], value) for name, value in state.items())

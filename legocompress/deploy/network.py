@@ -18,6 +18,7 @@ from legocompress.conv import Replacement, lego_modules
 from legocompress.deploy.choices import Choices, ConvRoute, Format, this_machine
 from legocompress.deploy.graph import Graph, trace
 from legocompress.deploy.site import is_site
+from legocompress.deploy.taped import taped
 from legocompress.deploy.tune import Routes, TunedGraph, given, in_layout, measured, misfit
 from legocompress.errors import DeployError, UsageError
 from legocompress.probe import default_input, evaluating
@@ -173,8 +174,7 @@ def deployed_graph(model: nn.Module) -> nn.Module:
     own = model.__dict__.get("forward")
     if not isinstance(own, _Deployed) or own.run is None:
         raise DeployError("no single graph stands for this network: deploy_ could not trace it")
-    graph: nn.Module = own.run.__self__  # type: ignore[attr-defined]
-    return graph
+    return own.graph
 
 
 class _Deployed(Replacement):
@@ -182,7 +182,8 @@ class _Deployed(Replacement):
 
     def __init__(self, graph: Graph, layout: Format, inputs: tuple[Tensor, ...]) -> None:
         self.module, self.before = graph.root, graph.root.__dict__.get("forward")
-        self.run: Callable[..., Any] | None = graph.runner.forward
+        self.graph = graph.runner
+        self.run: Callable[..., Any] | None = taped(graph.runner).forward
         self.layout = layout
         self.kinds = [(x.device, x.dtype, x.dim()) for x in inputs]
         # Whoever writes to a parameter counts up its version.
@@ -231,7 +232,7 @@ class _Deployed(Replacement):
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are of this process alone: a copy computes by the network's own code.
-        return {**self.__dict__, "run": None, "state": [], "unheard": []}
+        return {**self.__dict__, "run": None, "graph": None, "state": [], "unheard": []}
 
 
 def _arguments(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
@@ -333,7 +334,9 @@ def _install_(graph: Graph, tuned: TunedGraph, inputs: tuple[Tensor, ...]) -> st
         site.settle()
     deployed = _Deployed(graph, tuned.layout, inputs)
     with torch.no_grad():
-        expected, found = _outputs(graph.root.forward(*inputs)), _outputs(deployed(*inputs))
+        expected = _outputs(graph.root.forward(*inputs))
+        deployed(*inputs)  # recorded, and then run as any later call
+        found = _outputs(deployed(*inputs))
     if len(expected) != len(found) or not all(map(_agree, expected, found)):
         return "deployed, it computes something else"
     graph.root.__dict__["forward"] = deployed

@@ -4,18 +4,21 @@ from legocompress.kernels.library import available, isa, why_unavailable
 from legocompress.kernels.operator import ACTIVATIONS, FVCORE_HANDLES, lego_conv2d
 from legocompress.kernels.pack import TRANSFORMS, pack, supports
 from legocompress.kernels.pool import MAX_POOL_KERNEL, global_mean, max_pool2d
+from legocompress.kernels.tape import Tape, recording
 
 __all__ = [
     "ACTIVATIONS",
     "FVCORE_HANDLES",
     "MAX_POOL_KERNEL",
     "TRANSFORMS",
+    "Tape",
     "available",
     "global_mean",
     "isa",
     "lego_conv2d",
     "max_pool2d",
     "pack",
+    "recording",
     "supports",
     "why_unavailable",
 ]

@@ -6,7 +6,11 @@ import ctypes
 import functools
 import os
 import struct
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
+
+from torch import Tensor
 
 from legocompress.errors import KernelError
 
@@ -18,12 +22,16 @@ _FAULTS = {
     4: "there is not enough memory for the kernel's buffers",
     5: "no kernel runs on this CPU",
 }
-# LegoCall, PoolCall and MeansCall there: so many fields, each of 8 bytes.
+# LegoCall, PoolCall, MeansCall and RunCall there: so many fields, each of 8 bytes.
 _ARGUMENTS = {
     "lego_conv2d": struct.Struct("=21q"),
     "lego_max_pool2d": struct.Struct("=16q"),
     "lego_means": struct.Struct("=5q"),
+    "lego_run": struct.Struct("=2q"),
 }
+Note = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]
+# Told of each call, where somebody records them.
+LISTENER: ContextVar[Note | None] = ContextVar("LISTENER", default=None)
 
 
 @functools.cache
@@ -78,8 +86,13 @@ def isa() -> str:
     return text
 
 
-def call(function: str, *fields: int) -> None:
-    """Run a function of src/driver.cpp on the fields of its struct of arguments, in order.
+def call(function: str, tensors: Sequence[Tensor | None], *numbers: int) -> None:
+    """Run a function of src/driver.cpp on the fields of its struct, in order.
+
+    Args:
+        function: its name.
+        tensors: that its pointers point to, None for null.
+        numbers: the fields after those.
 
     Raises:
         KernelError: there are no compiled kernels, or they refuse the call.
@@ -87,6 +100,10 @@ def call(function: str, *fields: int) -> None:
     library, text = _load()
     if library is None:
         raise KernelError(text)
-    status = getattr(library, function)(_ARGUMENTS[function].pack(*fields))
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    status = getattr(library, function)(_ARGUMENTS[function].pack(*pointers, *numbers))
     if status:
         raise KernelError(f"the fused kernel refused: {_FAULTS.get(status, f'status {status}')}")
+    listener = LISTENER.get()
+    if listener is not None:
+        listener(function, tensors, numbers)

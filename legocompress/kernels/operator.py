@@ -101,24 +101,21 @@ def _run(
         last = x.is_contiguous(memory_format=torch.channels_last)
         x = x if last else x.contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
-    # The kernel reads contiguous blocks; these names keep the copies of any view alive.
-    bias_at = residual_at = 0
+    # The kernel reads contiguous blocks.
     if bias is not None:
         _check("bias", bias, sizes[1:2])
         bias = bias.contiguous()
-        bias_at = bias.data_ptr()
     if residual is not None:
         _check("residual", residual, sizes)
         residual = residual.contiguous(memory_format=layout)
-        residual_at = residual.data_ptr()
-    if overwrite and residual is not None and residual_at != x.data_ptr():
+    if overwrite and residual is not None and residual.data_ptr() != x.data_ptr():
         y = residual
     else:
         y = torch.empty(sizes, dtype=torch.float32, memory_format=layout)
     if sizes[0]:
-        arguments = (packed.data_ptr(), packed.numel(), x.data_ptr(), x.shape[1], bias_at)
+        tensors = (packed, bias, x, residual, y)
         rest = (last, code, torch.get_num_threads())
-        call("lego_conv2d", *arguments, residual_at, y.data_ptr(), *numbers, *rest)
+        call("lego_conv2d", tensors, packed.numel(), x.shape[1], *numbers, *rest)
     return y
 
 

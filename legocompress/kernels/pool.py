@@ -36,8 +36,7 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
     if x.shape[0] * x.shape[1]:
         sizes = (x.shape[0] * x.shape[1], *x.shape[2:], *out)
         geometry = (*kernel, *stride, *padding, *dilation)
-        places = (x.data_ptr(), y.data_ptr())
-        call("lego_max_pool2d", *places, *sizes, *geometry, torch.get_num_threads())
+        call("lego_max_pool2d", (x, y), *sizes, *geometry, torch.get_num_threads())
     return y
 
 
@@ -54,7 +53,7 @@ def global_mean(x: Tensor) -> Tensor:
     n_maps, size = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     y = torch.empty((*x.shape[:2], 1, 1), dtype=torch.float32)
     if n_maps:
-        call("lego_means", x.data_ptr(), y.data_ptr(), n_maps, size, torch.get_num_threads())
+        call("lego_means", (x, y), n_maps, size, torch.get_num_threads())
     return y
 
 

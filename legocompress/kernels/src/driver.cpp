@@ -316,14 +316,12 @@ int64_t out_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int6
 }  // namespace
 }  // namespace lego
 
-// What Python fills in; every field is 8 bytes wide.
+// What Python fills in: pointers, constants first and the output last, then numbers, all 8 bytes wide.
 struct LegoCall {
   const char* packed;
-  int64_t packed_bytes;
-  const float* x;
-  int64_t channels;
-  const float *bias, *residual;
+  const float *bias, *x, *residual;
   float* y;
+  int64_t packed_bytes, channels;
   int64_t batch, height, width, out_h, out_w;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t channels_last, activation, threads;
@@ -443,5 +441,27 @@ EXPORT int64_t lego_means(const MeansCall* c) {
   job.size = c->size;
   job.kernel = k;
   on_threads(static_cast<int>(c->threads), run_means, &job);
+  return kDone;
+}
+
+struct RunCall {
+  const int64_t* code;
+  int64_t words;
+};
+
+// Other calls one after the other, each the number of its function and its struct; returns the first
+// Status that is not kDone.
+EXPORT int64_t lego_run(const RunCall* c) {
+  using namespace lego;
+  constexpr int64_t kWords[] = {sizeof(LegoCall) / 8, sizeof(PoolCall) / 8, sizeof(MeansCall) / 8};
+  for (const int64_t *at = c->code, *end = at + c->words; at < end;) {
+    const int64_t function = *at++;
+    if (function < 0 || function > 2 || kWords[function] > end - at) return kBadCall;
+    const int64_t status = function == 0   ? lego_conv2d(reinterpret_cast<const LegoCall*>(at))
+                           : function == 1 ? lego_max_pool2d(reinterpret_cast<const PoolCall*>(at))
+                                           : lego_means(reinterpret_cast<const MeansCall*>(at));
+    if (status != kDone) return status;
+    at += kWords[function];
+  }
   return kDone;
 }
