@@ -73,6 +73,19 @@ def test_a_replay_gives_the_same_bits_in_new_memory() -> None:
 
 
 @compiled
+def test_the_arena_is_kept_until_it_is_released() -> None:
+    tape = taped(block, X)
+    with torch.no_grad():
+        tape(X)
+        ((arena, _),) = tape._idle
+        tape(X)
+        assert tape._idle[0][0] is arena
+        kernels.release_arenas()
+        assert not tape._idle
+        assert torch.equal(tape(X)[0], block(X)[0])
+
+
+@compiled
 def test_an_input_that_is_overwritten_is_the_output() -> None:
     def run(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         return (conv(conv(x), residual, True),)

@@ -23,6 +23,8 @@ from legocompress.models import source_of
 from legocompress.probe import default_input
 
 LEGO = "lego"
+# Threads of a form wait actively after it, on the cores of the next: each has so long to settle.
+SETTLE = 0.1
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def _benchmark(
         else:
             forms[name] = form
     with torch.no_grad():
-        taken = interleaved(forms, x.device, rounds, seconds, warm=True)
+        settle = SETTLE if torch.get_num_threads() > 1 else 0.0
+        taken = interleaved(forms, x.device, rounds, seconds, warm=True, settle=settle)
         peaks = {name: _peak(name, form) for name, form in forms.items()}
     medians = {name: statistics.median(times) for name, times in taken.items()}
     rival_names = [name for name in forms if name != LEGO and name not in extra]

@@ -21,6 +21,7 @@ from legocompress.deploy.choices import (
 from legocompress.deploy.graph import Graph
 from legocompress.deploy.plain_site import PlainSite
 from legocompress.deploy.site import LAYOUT, ConvSite
+from legocompress.deploy.taped import taped
 from legocompress.deploy.timing import fastest, interleaved
 
 TOLERANCE = 1e-4
@@ -74,16 +75,20 @@ def measured(
                 plans[f"{layout} {name}"] = plan
 
     def run(plan: TunedGraph) -> Callable[[], object]:
+        use_(graph, plan)
+        forward = taped(graph.runner).forward
+
         def whole() -> None:
             use_(graph, plan)
-            graph.runner.forward(*(in_layout(x, plan.layout) for x in inputs))
+            forward(*(in_layout(x, plan.layout) for x in inputs))
 
         return whole
 
     with torch.no_grad():
         forms = {name: run(plan) for name, plan in plans.items()}
         rounds = 9 if len(forms) > 1 else 1
-        taken = interleaved(forms, device, rounds, seconds=seconds / 2, drop=1.1, warm=True)
+        limits = {"seconds": seconds / 2, "drop": 1.1, "settle": _settle(device)}
+        taken = interleaved(forms, device, rounds, warm=True, **limits)
     # Those that ran on to the end are compared; the others have lost.
     rounds = max(map(len, taken.values()))
     best = plans[fastest({n: times for n, times in taken.items() if len(times) == rounds})]

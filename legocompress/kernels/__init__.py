@@ -4,7 +4,7 @@ from legocompress.kernels.library import available, isa, why_unavailable
 from legocompress.kernels.operator import ACTIVATIONS, FVCORE_HANDLES, lego_conv2d
 from legocompress.kernels.pack import TRANSFORMS, pack, supports
 from legocompress.kernels.pool import MAX_POOL_KERNEL, global_mean, max_pool2d
-from legocompress.kernels.tape import Tape, recording
+from legocompress.kernels.tape import Tape, recording, release_arenas
 
 __all__ = [
     "ACTIVATIONS",
@@ -19,6 +19,7 @@ __all__ = [
     "max_pool2d",
     "pack",
     "recording",
+    "release_arenas",
     "supports",
     "why_unavailable",
 ]

@@ -8,6 +8,7 @@ live at once.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,15 @@ def planned(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
     return offsets, max(ends, default=0)
 
 
+_TAPES: weakref.WeakSet[Tape] = weakref.WeakSet()
+
+
+def release_arenas() -> None:
+    """Give back the memory that tapes keep between runs; the next run of each takes it anew."""
+    for tape in list(_TAPES):
+        tape._idle.clear()
+
+
 class Tape:
     """Runs what was recorded, on inputs of the same sizes and strides.
 
@@ -182,6 +192,7 @@ class Tape:
                 elif isinstance(word, Place):
                     self._outside.append((here, word))
         self._idle: list[tuple[Tensor, ctypes.Array[ctypes.c_int64]]] = []
+        _TAPES.add(self)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the calls; the outputs are new tensors, or inputs that were overwritten."""
