@@ -28,22 +28,25 @@ class Taped(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The run's outputs, as its body makes them."""
-        if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
-            return self.body(*inputs)  # type: ignore[no-any-return]
-        if any(type(x) is not Tensor for x in inputs):
+        if (
+            torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack()
+            or any(type(x) is not Tensor for x in inputs)
+        ):
             return self.body(*inputs)  # type: ignore[no-any-return]
         sizes = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
         key = (torch.get_num_threads(), *sizes)
-        if key not in self._tapes:
+        try:
+            tape = self._tapes[key]
+        except KeyError:  # also where another thread has just let it go
             return self._first(key, inputs)
-        tape = self._tapes[key]
         return self.body(*inputs) if tape is None else tape(*inputs)  # type: ignore[no-any-return]
 
     def _first(self, key: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         with kernels.recording(inputs) as recorder:
             outputs: Sequence[Tensor] = self.body(*inputs)
-        while len(self._tapes) >= MOST_TAPES:
-            self._tapes.pop(next(iter(self._tapes)), None)
+        for oldest in list(self._tapes)[: 1 - MOST_TAPES]:
+            self._tapes.pop(oldest, None)
         try:
             self._tapes[key] = kernels.Tape(recorder, outputs)
         except KernelError:
