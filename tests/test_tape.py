@@ -129,6 +129,10 @@ def test_what_passes_by_the_kernels_is_no_tape() -> None:
     with pytest.raises(KernelError, match="share their memory"):
         taped(lambda x, y: (conv(x, y),), X, X)
 
+    inner = taped(lambda x: (conv(x),), X)
+    with pytest.raises(KernelError, match="a tape ran inside"):
+        taped(inner, X)
+
     def reused(x: Tensor) -> tuple[Tensor, ...]:
         # What the allocator places where a map was is not that map.
         address = conv(x).data_ptr()

@@ -77,7 +77,7 @@ def test_each_size_has_a_tape_and_the_oldest_goes() -> None:
 
 
 @compiled
-def test_maps_in_another_order_go_through_the_layers_themselves() -> None:
+def test_maps_in_another_order_give_the_same() -> None:
     model = converted(Net(), X)
     kernels_only(model)
     with torch.no_grad():

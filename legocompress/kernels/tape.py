@@ -77,6 +77,9 @@ class Recorder:
 
     def __call__(self, name: str, tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> None:
         """Note a call that was made."""
+        if name not in CONSTANTS:
+            self.fault = "a tape ran inside of them"
+            return
         n_constants = CONSTANTS[name]
         words: list[Place | int] = []
         for i, tensor in enumerate(tensors):
