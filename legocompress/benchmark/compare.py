@@ -15,7 +15,7 @@ from legocompress.benchmark.memory import peak_bytes
 from legocompress.benchmark.rivals import AGAINST, Against, Form, rivals
 from legocompress.deploy.choices import DENSE_ROUTES
 from legocompress.deploy.network import Deployment, deploy_, undeploy_
-from legocompress.deploy.timing import interleaved
+from legocompress.deploy.timing import interleaved, settling
 from legocompress.errors import UsageError
 from legocompress.export.dense import to_dense
 from legocompress.measure import LayerReport, measure
@@ -167,7 +167,7 @@ def _benchmark(
         else:
             forms[name] = form
     with torch.no_grad():
-        settle = SETTLE if torch.get_num_threads() > 1 else 0.0
+        settle = settling(x.device, SETTLE)
         taken = interleaved(forms, x.device, rounds, seconds, warm=True, settle=settle)
         peaks = {name: _peak(name, form) for name, form in forms.items()}
     medians = {name: statistics.median(times) for name, times in taken.items()}

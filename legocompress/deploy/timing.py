@@ -24,6 +24,11 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.perf_counter
 
 
+def settling(device: torch.device, seconds: float) -> float:
+    """The seconds, where what is timed has threads of its own; 0 where it has none."""
+    return seconds if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0
+
+
 def interleaved(
     forms: Mapping[str, Callable[[], object]],
     device: torch.device,

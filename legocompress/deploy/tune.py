@@ -22,7 +22,7 @@ from legocompress.deploy.graph import Graph
 from legocompress.deploy.plain_site import PlainSite
 from legocompress.deploy.site import LAYOUT, ConvSite
 from legocompress.deploy.taped import taped
-from legocompress.deploy.timing import fastest, interleaved
+from legocompress.deploy.timing import fastest, interleaved, settling
 
 TOLERANCE = 1e-4
 NOISE = 1.05  # of a layer timed alone
@@ -87,7 +87,7 @@ def measured(
     with torch.no_grad():
         forms = {name: run(plan) for name, plan in plans.items()}
         rounds = 9 if len(forms) > 1 else 1
-        limits = {"seconds": seconds / 2, "drop": 1.1, "settle": _settle(device)}
+        limits = {"seconds": seconds / 2, "drop": 1.1, "settle": settling(device, SETTLE)}
         taken = interleaved(forms, device, rounds, warm=True, **limits)
     # Those that ran on to the end are compared; the others have lost.
     rounds = max(map(len, taken.values()))
@@ -115,7 +115,7 @@ class _Tuner(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self.fetch_attr(target)
         if isinstance(site, ConvSite) and site.name not in self.times:
-            self.settle = _settle(args[0].device)
+            self.settle = settling(args[0].device, SETTLE)
             self.times[site.name] = _site_times(site, self.only, self.layout, *args)
             best: Any = fastest(self.times[site.name])
             site.use(best, self.layout)
@@ -128,7 +128,7 @@ class _Tuner(fx.Interpreter):
                 route: lambda route=route: site.run(route, args[0])  # type: ignore[misc]
                 for route in POOL_ROUTES
             }
-            device, settle = args[0].device, _settle(args[0].device)
+            device, settle = args[0].device, settling(args[0].device, SETTLE)
             times = interleaved(forms, device, rounds=5, seconds=0.5, settle=settle)
             self.times[site.name] = times
             kernel, plain = (statistics.median(times[route]) for route in ("kernel", "plain"))
@@ -198,12 +198,9 @@ def _site_times(
     if not forms:
         forms["assemble"] = lambda: site.runner("assemble", layout)(x, residual, False)
     rounds = 7 if len(forms) > 1 else 1
-    return interleaved(forms, x.device, rounds, seconds=0.5, drop=1.3, settle=_settle(x.device))
-
-
-def _settle(device: torch.device) -> float:
-    """Seconds before a timing where routes have threads of their own; 0 where they have none."""
-    return SETTLE if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0
+    return interleaved(
+        forms, x.device, rounds, seconds=0.5, drop=1.3, settle=settling(x.device, SETTLE)
+    )
 
 
 def use_(graph: Graph, plan: TunedGraph) -> None:
