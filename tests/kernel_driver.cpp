@@ -26,6 +26,12 @@ struct MeansCall {
   int64_t planes, size, threads;
 };
 extern "C" int64_t lego_means(const MeansCall*);
+struct LinearCall {
+  const float *weight, *bias, *x;
+  float* y;
+  int64_t batch, channels, n_out, activation, threads;
+};
+extern "C" int64_t lego_linear(const LinearCall*);
 struct RunCall {
   const int64_t* code;
   int64_t words;
@@ -47,14 +53,50 @@ static std::vector<T> values() {
   return v;
 }
 
+static int64_t below(int64_t limit) {
+  static uint32_t seed = 1;
+  seed = seed * 1664525u + 1013904223u;
+  return static_cast<int64_t>(seed >> 16) % limit;
+}
+
+// Linear layers of all kinds against plain loops; returns how many, or exits.
+static int linear_cases() {
+  const int n_cases = 200;
+  for (int n = 0; n < n_cases; n++) {
+    // Some with more channels than are summed at once.
+    const int64_t channels = n % 10 ? 1 + below(90) : 4000 + below(5000);
+    LinearCall c{};
+    c.batch = 1 + below(11), c.channels = channels, c.n_out = 1 + below(70);
+    c.activation = below(2), c.threads = 1 + below(3);
+    std::vector<float> weight(static_cast<size_t>(c.n_out * channels));
+    std::vector<float> bias(static_cast<size_t>(c.n_out)), x(static_cast<size_t>(c.batch * channels));
+    for (std::vector<float>* all : {&weight, &bias, &x}) {
+      for (float& a : *all) a = static_cast<float>(below(7)) - 3;  // so that sums are exact
+    }
+    std::vector<float> y(static_cast<size_t>(c.batch * c.n_out));
+    c.weight = weight.data(), c.x = x.data(), c.y = y.data();
+    c.bias = n % 3 ? bias.data() : nullptr;
+    if (lego_linear(&c)) std::exit(5);
+    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); i++) {
+      const int64_t image = i / c.n_out, row = i % c.n_out;
+      float expected = c.bias ? c.bias[row] : 0;
+      for (int64_t k = 0; k < channels; k++) {
+        expected += weight[static_cast<size_t>(row * channels + k)] *
+                    x[static_cast<size_t>(image * channels + k)];
+      }
+      if (c.activation) expected = std::fmax(expected, 0.0f);
+      if (y[static_cast<size_t>(i)] != expected) {
+        std::printf("linear %d: %g, not %g\n", n, y[static_cast<size_t>(i)], expected);
+        std::exit(5);
+      }
+    }
+  }
+  return n_cases;
+}
+
 // Poolings and means of all kinds against plain loops; returns how many, or exits.
 static int pool_cases() {
   int n = 0;
-  uint32_t seed = 1;
-  const auto below = [&](int64_t limit) {
-    seed = seed * 1664525u + 1013904223u;
-    return static_cast<int64_t>(seed >> 16) % limit;
-  };
   while (n < 300) {
     PoolCall c{};
     c.planes = 1 + below(20);
@@ -164,7 +206,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  if (pool_cases() != 300 + 69) return 4;
+  if (pool_cases() != 300 + 69 || linear_cases() != 200) return 4;
   std::printf("%s: %lld calls, worst error %.1e\n", lego_isa(), static_cast<long long>(n_cases),
               worst);
   return 0;

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from legocompress.deploy.choices import POOL_ROUTES
+from legocompress.deploy.graph import trace
 from legocompress.deploy.plain_site import LinearSite, MeanSite, PoolSite
 from tests.deploying import Block, X, check, converted
 
@@ -52,3 +53,29 @@ def test_a_classifier_runs_by_routes_of_ours_on_two_threads() -> None:
     finally:
         torch.set_num_threads(1)
     assert {found.choices.routes[name] for name in ("1", "3")} <= set(POOL_ROUTES)
+
+
+def test_a_linear_layer_takes_its_activation_in_and_copies_no_weight() -> None:
+    head = [nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(32, 10), nn.SiLU()]
+    model = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head).eval()
+    graph = trace("", model, (X,))
+    first, second = (site for site in graph.plains if isinstance(site, LinearSite))
+    assert (first.activation, second.activation) == ("relu", "silu")
+    assert first.weight.data_ptr() == head[0].weight.data_ptr()  # type: ignore[union-attr, operator]
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        expected = nn.Sequential(*head).eval()(x)
+        for route in POOL_ROUTES:
+            assert torch.allclose(second.run(route, first.run(route, x)), expected, atol=1e-5)
+    assert check(converted(model, X), X).n_activations == 4  # two in the block
+
+
+def test_a_linear_layer_whose_weight_is_no_plain_matrix_runs_by_pytorch() -> None:
+    linear = nn.Linear(8, 4)
+    linear.weight = nn.Parameter(torch.randn(8, 4).t())
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        assert torch.equal(LinearSite("fc", linear).run("kernel", x), linear(x))
+        assert torch.equal(
+            LinearSite("fc", linear.double()).run("kernel", x.double()), linear(x.double())
+        )

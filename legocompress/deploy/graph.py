@@ -20,7 +20,6 @@ from legocompress.deploy.site import Activation, ConvSite, is_foldable, is_hooke
 from legocompress.errors import DeployError
 
 LEAVES = (_ConvNd, nn.Linear, _BatchNorm, FrozenBatchNorm2d)
-LINEAR_MOST = 2**22  # weights of a linear layer that is worth a packed copy
 PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Dropout2d)
 SUMS = (operator.add, operator.iadd, torch.add)
 ACTIVATIONS: dict[Any, Activation] = {
@@ -124,7 +123,10 @@ def trace(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Graph:
                 _fuse_conv_(found, node, layer, made)
             elif (site := _plain_site(found, node, layer)) is not None:
                 found.plains.append(site)
-                _replace_(found, [node], site, (node.args[0],), node)
+                pattern = [node]
+                if isinstance(site, LinearSite):
+                    _fuse_activation_(found, site, pattern)
+                _replace_(found, pattern, site, (node.args[0],), node)
     _spare_residuals_(found)
     graph.lint()
     runner.recompile()
@@ -140,10 +142,19 @@ def _plain_site(graph: Graph, node: fx.Node, layer: nn.Module) -> PlainSite | No
         return PoolSite(name, layer)
     if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1)):
         return MeanSite(name) if _is_map(node.args) else None
-    if type(layer) is nn.Linear and layer.weight.numel() <= LINEAR_MOST:
+    if type(layer) is nn.Linear:
         shape = node.args[0].meta["shape"] if isinstance(node.args[0], fx.Node) else None
         return LinearSite(name, layer) if len(shape or ()) == 2 else None
     return None
+
+
+def _fuse_activation_(graph: Graph, site: LinearSite, pattern: list[fx.Node]) -> None:
+    """Let a linear layer do the activation that follows it."""
+    following = _only_user(pattern[0])
+    site.activation = _activation(graph, following)
+    if following is not None and site.activation != "none":
+        pattern.append(following)
+        graph.n_activations += 1
 
 
 def _spare_residuals_(graph: Graph) -> None:

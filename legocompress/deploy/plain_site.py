@@ -7,7 +7,6 @@ threads: a network that never calls them is faster by more than its layers are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from legocompress import kernels
 from legocompress.deploy.choices import PoolRoute
-from legocompress.spec import UnitShape
+from legocompress.deploy.site import Activation, activate_
 
 
 class PlainSite(nn.Module, ABC):
@@ -101,31 +100,27 @@ class MeanSite(PlainSite):
 
 
 class LinearSite(PlainSite):
-    """A linear layer on (N, c), as the 1 x 1 conv that it is."""
+    """A linear layer on (N, c) with the activation that follows it; its weights are not copied.
 
-    def __init__(self, name: str, layer: nn.Linear) -> None:
+    With one input PyTorch's own reads them on one thread.
+    """
+
+    def __init__(self, name: str, layer: nn.Linear, activation: Activation = "none") -> None:
         super().__init__(name)
         self.weight = layer.weight.detach()
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self._packed: Tensor | None = None
+        self.activation = activation
 
     def fits(self, x: Tensor) -> bool:
         """Whether the compiled kernel runs such an input."""
-        return x.dim() == 2 and kernels.available()
+        weights = [t for t in (self.weight, self.bias) if t is not None]
+        plain = all(t.dtype == x.dtype and t.is_contiguous() and t.numel() for t in weights)
+        return x.dim() == 2 and plain and kernels.available()
 
     def fast(self, x: Tensor) -> Tensor:
         """(N, c) to (N, n) by the compiled kernel."""
-        if self._packed is None:
-            n, c = self.weight.shape
-            shape = UnitShape(n, c, (1, 1), 1, n, 1, 1)
-            index = torch.arange(n).reshape(1, n, 1)
-            self._packed = kernels.pack(shape, self.weight[:, :, None, None], index, None)
-        one: Any = (1, 1)
-        y = kernels.lego_conv2d(
-            x[:, :, None, None], self._packed, self.bias, None, one, (0, 0), one, "none"
-        )
-        return y.flatten(1)
+        return kernels.linear(x, self.weight, self.bias, self.activation)
 
     def plain(self, x: Tensor) -> Tensor:
         """(N, c) to (N, n) by PyTorch."""
-        return F.linear(x, self.weight, self.bias)
+        return activate_(F.linear(x, self.weight, self.bias), self.activation)

@@ -122,6 +122,15 @@ class Geometry:
         return max(0, (-(-size // stride) - 1) * stride + reach - size)
 
 
+def activate_(y: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation in place."""
+    if activation == "relu":
+        return torch.relu_(y)
+    if activation == "relu6":
+        return F.hardtanh(y, 0.0, 6.0, inplace=True)
+    return F.silu(y, inplace=True) if activation == "silu" else y
+
+
 class ConvSite(nn.Module):
     """A conv with what follows it: y = activation(norm(conv(x)) + residual).
 
@@ -250,11 +259,7 @@ class ConvSite(nn.Module):
         # The sum is the module's own, so it may be changed in place.
         if residual is not None:
             y += residual
-        if self.activation == "relu":
-            return torch.relu_(y)
-        if self.activation == "relu6":
-            return F.hardtanh(y, 0.0, 6.0, inplace=True)
-        return F.silu(y, inplace=True) if self.activation == "silu" else y
+        return activate_(y, self.activation)
 
     def _assembled(self, layout: Format, _: Tensor) -> Runner:
         g, bias, memory = self.geometry, self._bias, LAYOUT[layout]

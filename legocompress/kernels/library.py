@@ -22,11 +22,12 @@ _FAULTS = {
     4: "there is not enough memory for the kernel's buffers",
     5: "no kernel runs on this CPU",
 }
-# LegoCall, PoolCall, MeansCall and RunCall there: so many fields, each of 8 bytes.
+# LegoCall, PoolCall, MeansCall, LinearCall and RunCall there: so many fields, each of 8 bytes.
 _ARGUMENTS = {
     "lego_conv2d": struct.Struct("=21q"),
     "lego_max_pool2d": struct.Struct("=16q"),
     "lego_means": struct.Struct("=5q"),
+    "lego_linear": struct.Struct("=9q"),
     "lego_run": struct.Struct("=2q"),
 }
 Note = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]

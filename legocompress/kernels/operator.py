@@ -14,7 +14,6 @@ from legocompress.errors import KernelError
 from legocompress.kernels.library import call
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
-_ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 # Typed as Any: its methods carry no annotations.
 _LIBRARY: Any = torch.library.Library("legocompress", "DEF")  # type: ignore[no-untyped-call]
@@ -28,6 +27,17 @@ _LIBRARY.define(
     "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def activation_code(activation: str) -> int:
+    """The library's number of an activation.
+
+    Raises:
+        KernelError: it has none of this name.
+    """
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS.index(activation)
 
 
 def _output_sizes(
@@ -90,9 +100,7 @@ def _run(
     sizes, numbers = _geometry(
         x.shape, packed.shape, tuple(stride), tuple(padding), tuple(dilation)
     )
-    code = _ACTIVATION_CODES.get(activation)
-    if code is None:
-        raise KernelError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    code = activation_code(activation)
     if packed.dtype != torch.uint8 or packed.is_cuda or not packed.is_contiguous():
         raise KernelError("packed is no buffer of legocompress.kernels.pack on the CPU")
     _check("x", x, None)

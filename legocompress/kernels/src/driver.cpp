@@ -310,6 +310,22 @@ void run_means(void* context) {
   }
 }
 
+constexpr int64_t kOutputs = 16;  // of a linear layer, dealt out together: a cache line
+
+struct LinearJob {
+  const Linear* linear;
+  const Kernel* kernel;
+  Deal items;
+};
+
+void run_linear(void* context) {
+  LinearJob& job = *static_cast<LinearJob*>(context);
+  for (int64_t item; (item = job.items.take()) >= 0;) {
+    const int64_t first = kOutputs * item;
+    job.kernel->linear(*job.linear, first, std::min(first + kOutputs, job.linear->n_out));
+  }
+}
+
 int64_t out_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
   const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
   return room < 0 ? -1 : room / stride + 1;
@@ -446,6 +462,33 @@ EXPORT int64_t lego_means(const MeansCall* c) {
   return kDone;
 }
 
+struct LinearCall {
+  const float *weight, *bias, *x;
+  float* y;
+  int64_t batch, channels, n_out, activation, threads;
+};
+
+// A linear layer. The caller vouches for the sizes of all tensors; returns a Status.
+EXPORT int64_t lego_linear(const LinearCall* c) {
+  using namespace lego;
+  const Kernel* k = kernel();
+  if (!k) return kNoKernel;
+  for (int64_t size : {c->batch, c->channels, c->n_out, c->threads}) {
+    if (size < 1 || size > INT32_MAX) return kBadCall;
+  }
+  if (c->activation < kNone || c->activation > kSilu) return kBadCall;
+  const Linear l{c->weight,   c->bias,  c->x, c->y, c->batch, c->channels, c->n_out,
+                 static_cast<Activation>(c->activation)};
+  const int64_t items = (l.n_out + kOutputs - 1) / kOutputs;
+  const int threads = static_cast<int>(std::min(c->threads, items));
+  LinearJob job;
+  job.linear = &l;
+  job.kernel = k;
+  job.items.start(items, threads);
+  on_threads(threads, run_linear, &job);
+  return kDone;
+}
+
 struct RunCall {
   const int64_t* code;
   int64_t words;
@@ -455,13 +498,15 @@ struct RunCall {
 // Status that is not kDone.
 EXPORT int64_t lego_run(const RunCall* c) {
   using namespace lego;
-  constexpr int64_t kWords[] = {sizeof(LegoCall) / 8, sizeof(PoolCall) / 8, sizeof(MeansCall) / 8};
+  constexpr int64_t kWords[] = {sizeof(LegoCall) / 8, sizeof(PoolCall) / 8, sizeof(MeansCall) / 8,
+                                sizeof(LinearCall) / 8};
   for (const int64_t *at = c->code, *end = at + c->words; at < end;) {
     const int64_t function = *at++;
-    if (function < 0 || function > 2 || kWords[function] > end - at) return kBadCall;
+    if (function < 0 || function > 3 || kWords[function] > end - at) return kBadCall;
     const int64_t status = function == 0   ? lego_conv2d(reinterpret_cast<const LegoCall*>(at))
                            : function == 1 ? lego_max_pool2d(reinterpret_cast<const PoolCall*>(at))
-                                           : lego_means(reinterpret_cast<const MeansCall*>(at));
+                           : function == 2 ? lego_means(reinterpret_cast<const MeansCall*>(at))
+                                           : lego_linear(reinterpret_cast<const LinearCall*>(at));
     if (status != kDone) return status;
     at += kWords[function];
   }

@@ -11,6 +11,7 @@ namespace {
 #include "merge.h"
 #include "winograd.h"
 #include "pool.h"
+#include "linear.h"
 
 void plan(Conv& v, int threads) {
   v.head->transform == kWinograd ? plan_winograd(v, threads) : plan_direct(v, threads);
@@ -37,6 +38,6 @@ void merge(const Conv& v, int64_t tile, int64_t first, int64_t last, const float
 
 const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS,
                         plan,      transform,  merge,
-                        max_pool,  means};
+                        max_pool,  means,     linear};
 }  // namespace LEGO_ISA
 }  // namespace lego

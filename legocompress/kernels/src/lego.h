@@ -63,6 +63,14 @@ struct Pool {
 };
 constexpr int64_t kMaxPool = 32;  // kernel height and width
 
+// One linear layer on `batch` inputs, checked.
+struct Linear {
+  const float *weight, *bias, *x;  // (n_out, channels), (n_out) or null, (batch, channels)
+  float* y;                        // (batch, n_out)
+  int64_t batch, channels, n_out;
+  Activation activation;
+};
+
 struct Kernel {
   const char* name;
   int lanes, pixels;  // of a vector, of a register tile
@@ -78,6 +86,7 @@ struct Kernel {
   void (*max_pool)(const Pool&, int64_t first, int64_t last, int64_t first_row,
                    int64_t last_row, float* row);
   void (*means)(const float* x, int64_t size, int64_t first, int64_t last, float* y);
+  void (*linear)(const Linear&, int64_t first, int64_t last);
 };
 
 // Null where this build has no code for it.
