@@ -53,7 +53,7 @@ class Case:
     def run(self, transform: str = "direct") -> Tensor:
         """By the compiled kernel."""
         unit = (self.shape, self.lego_filters, self.index, self.coefficients)
-        packed = kernels.pack(*unit, transform=transform)
+        packed = kernels.pack(*unit, transform=transform, stride=self.stride[0])
         conv = (self.stride, self.padding, self.dilation)
         return torch.ops.legocompress.lego_conv2d(
             self.x, packed, self.bias, self.residual, *conv, self.activation
@@ -118,6 +118,21 @@ def random_case(rnd: random.Random) -> Case:
             coefficients=rnd.random() < 0.7, bias=rnd.random() < 0.5, residual=rnd.random() < 0.4,
             activation=rnd.choice(list(ACTIVATIONS)),
         )  # fmt: skip
+
+
+def random_winograd_case(rnd: random.Random) -> Case:
+    while True:
+        c, n = rnd.randint(1, 40), rnd.randint(1, 50)
+        k, stride = rnd.choice([(3, 1), (3, 1), (2, 1), (4, 1), *((k, 2) for k in range(3, 9))])
+        padding = rnd.choice([(k // 2, k // 2), (k // 2, k // 2), (2, 3)])
+        size = (rnd.choice([1, 2, 5]), *rnd.choice(SIZES))
+        if all(size[1 + i] + 2 * padding[i] >= k for i in (0, 1)):
+            return case(
+                n=n, c=c, kernel=(k, k), m=rnd.randint(1, n), o=min(c, rnd.randint(1, 4)),
+                k=rnd.randint(1, 3), size=size, stride=(stride, stride), padding=padding,
+                channels_last=rnd.random() < 0.3, residual=rnd.random() < 0.4,
+                activation=rnd.choice(list(ACTIVATIONS)),
+            )  # fmt: skip
 
 
 STRIDES = [(1, 1), (1, 1), (2, 2), (2, 1), (3, 2)]

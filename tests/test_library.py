@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from legocompress import kernels
-from tests.kernel_cases import ACTIVATIONS, SIZES, Case, case, compiled, random_case
+from tests.kernel_cases import (
+    ACTIVATIONS,
+    SIZES,
+    Case,
+    case,
+    compiled,
+    random_case,
+    random_winograd_case,
+)
 
 FORKED = """
 import multiprocessing, torch
@@ -63,7 +71,12 @@ def recorded(cases: list[tuple[Case, str, int]]) -> bytes:
     parts = [struct.pack("=q", len(cases))]
     for one, transform, damage in cases:
         packed = kernels.pack(
-            one.shape, one.lego_filters, one.index, one.coefficients, transform=transform
+            one.shape,
+            one.lego_filters,
+            one.index,
+            one.coefficients,
+            transform=transform,
+            stride=one.stride[0],
         ).flatten()
         if damage:
             packed = packed[:-damage].clone()
@@ -108,6 +121,7 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
         pytest.skip("there is no C++ compiler")
     rnd = random.Random(0)
     cases = [(random_case(rnd), "direct", 0) for _ in range(60)]
+    cases += [(random_winograd_case(rnd), "winograd", 0) for _ in range(40)]
     for size in SIZES:
         cases.append((case(c=5, size=(2, *size)), "winograd", 0))
         for batch in (1, 3):

@@ -17,7 +17,17 @@ from legocompress import kernels
 from legocompress.errors import KernelError
 from legocompress.spec import UnitShape
 from legocompress.unit import used_filters
-from tests.kernel_cases import ACTIVATIONS, SILU_OF, SIZES, Case, case, close, compiled, random_case
+from tests.kernel_cases import (
+    ACTIVATIONS,
+    SILU_OF,
+    SIZES,
+    Case,
+    case,
+    close,
+    compiled,
+    random_case,
+    random_winograd_case,
+)
 
 
 @compiled
@@ -43,15 +53,8 @@ def test_random_winograd_units_equal_the_dense_conv(threads: int) -> None:
     rnd = random.Random(threads)
     torch.set_num_threads(threads)
     try:
-        for _ in range(40):
-            c, n = rnd.randint(1, 40), rnd.randint(1, 50)
-            size = (rnd.choice([1, 2, 5]), *rnd.choice(SIZES))
-            one = case(
-                n=n, c=c, m=rnd.randint(1, n), o=min(c, rnd.randint(1, 4)), k=rnd.randint(1, 3),
-                size=size, padding=rnd.choice([(1, 1), (1, 1), (2, 3)]),
-                channels_last=rnd.random() < 0.3, residual=rnd.random() < 0.4,
-                activation=rnd.choice(list(ACTIVATIONS)),
-            )  # fmt: skip
+        for _ in range(80):
+            one = random_winograd_case(rnd)
             assert close(one.run("winograd"), one.expected(), 2e-4), one
     finally:
         torch.set_num_threads(1)

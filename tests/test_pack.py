@@ -39,7 +39,12 @@ def test_units_that_do_not_fit_are_refused() -> None:
     assert not kernels.supports(grouped, (1, 1), (1, 1), (1, 1), "direct")
     assert not kernels.supports(one.shape, (1, 1), "same", (1, 1), "direct")
     assert kernels.supports(one.shape, (1, 1), (1, 1), (1, 1), "winograd")
-    assert not kernels.supports(one.shape, (2, 2), (1, 1), (1, 1), "winograd")
+    assert kernels.supports(one.shape, (2, 2), (1, 1), (1, 1), "winograd")
+    for stride, dilation in (((2, 1), (1, 1)), ((3, 3), (1, 1)), ((1, 1), (2, 2))):
+        assert not kernels.supports(one.shape, stride, (1, 1), dilation, "winograd")
+    for kernel, stride in (((1, 1), 1), ((5, 5), 1), ((2, 2), 2), ((9, 9), 2), ((3, 1), 1)):
+        shape = UnitShape(8, 6, kernel, 1, 4, 2, 1)
+        assert not kernels.supports(shape, (stride, stride), (1, 1), (1, 1), "winograd")
     with pytest.raises(KernelError, match="groups=2"):
         kernels.pack(grouped, one.lego_filters, one.index, None)
     with pytest.raises(KernelError, match="index is"):
@@ -50,3 +55,15 @@ def test_units_that_do_not_fit_are_refused() -> None:
         kernels.pack(one.shape, one.lego_filters * float("nan"), one.index, None)
     with pytest.raises(KernelError, match="'fft' is not known"):
         kernels.pack(one.shape, one.lego_filters, one.index, None, transform="fft")
+
+
+@compiled
+def test_a_winograd_form_is_for_one_stride() -> None:
+    one = case()
+    packed = kernels.pack(
+        one.shape, one.lego_filters, one.index, None, transform="winograd", stride=2
+    )
+    with pytest.raises(KernelError, match="do not fit the packed unit"):
+        kernels.lego_conv2d(one.x, packed, None, None, (1, 1), (1, 1), (1, 1), "none")
+    with pytest.raises(KernelError, match="stride 3"):
+        kernels.pack(one.shape, one.lego_filters, one.index, None, transform="winograd", stride=3)

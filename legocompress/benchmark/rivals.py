@@ -163,7 +163,7 @@ def _winograd(model: nn.Module, x: Tensor) -> Form:
     if not kernels.available():
         raise _LeftOut(str(kernels.why_unavailable()))
     model = copy.deepcopy(model)
-    deploy_(model, x, only=("winograd",))
+    deploy_(model, x, only=("onednn", "winograd"))
     deployment: Any = model.lego_deployment
     if "winograd" not in deployment.choices.routes.values():
         raise _LeftOut("no layer of the network has a Winograd form")

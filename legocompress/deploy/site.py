@@ -339,8 +339,9 @@ class ConvSite(nn.Module):
     def _kernel(self, layout: Format, transform: str) -> Runner:
         g, bias, memory, activation = self.geometry, self._bias, LAYOUT[layout], self.activation
         packed = kernels.pack(
-            self._shape, self._filters, self._index, self._coefficients, transform=transform
-        )
+            self._shape, self._filters, self._index, self._coefficients,
+            transform=transform, stride=g.stride[0],
+        )  # fmt: skip
         merge = kernels.lego_conv2d
 
         def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:

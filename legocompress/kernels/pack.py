@@ -5,28 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from legocompress.errors import KernelError
 from legocompress.spec import UnitShape
 
 # The same numbers stand in src/lego.h.
-_MAGIC, _VERSION = 0x4F47454C, 1
+_MAGIC, _VERSION = 0x4F47454C, 2
 _HEAD_BYTES = 16 * 8
 _PANEL = 6
 _SLACK = 16
 MAX_TAPS = 1024
 TRANSFORMS = ("direct", "winograd")
 
-# Weight transform of Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, 2016).
-_WINOGRAD_G = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
+# Points of Winograd's F(4 x 4, r x r) besides infinity, by r; its other transforms: src/winograd.h.
+_POINTS = {2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2), 4: (0, 1, -1, 2, -2, 0.5)}
+
+
+def _winograd_taps(kernel: tuple[int, int], stride: int) -> int:
+    """Taps r of Winograd's form of a kernel at a stride; 0 where it has none."""
+    square = kernel[0] == kernel[1] and stride in (1, 2) and kernel[0] > stride
+    taps = -(-kernel[0] // stride)
+    return taps if square and taps in _POINTS else 0
 
 
 def supports(
@@ -38,7 +39,7 @@ def supports(
 ) -> bool:
     """Whether the fused kernel can run a unit: no groups, padding in numbers of pixels.
 
-    'winograd' wants a 3 x 3 kernel with stride 1 and dilation 1.
+    'winograd' wants a square kernel with dilation 1: of 2 to 4 at stride 1, of 3 to 8 at stride 2.
     """
     if transform not in TRANSFORMS or isinstance(padding, str) or shape.groups != 1:
         return False
@@ -46,8 +47,8 @@ def supports(
         return False
     if transform == "direct":
         return True
-    plain = all(step == 1 for step in (*stride, *dilation))
-    return plain and shape.kernel == (3, 3)
+    plain = stride[0] == stride[1] and all(step == 1 for step in dilation)
+    return plain and _winograd_taps(shape.kernel, stride[0]) > 0
 
 
 def pack(
@@ -57,6 +58,7 @@ def pack(
     coefficients: Tensor | None,
     *,
     transform: str = "direct",
+    stride: int = 1,
 ) -> Tensor:
     """Pack a unit for `torch.ops.legocompress.lego_conv2d`; every index is checked here, once.
 
@@ -69,19 +71,18 @@ def pack(
         lego_filters: (m, q, kh, kw).
         index: (o, n, k) integers in [0, m).
         coefficients: (o, n, k), or None for all ones.
-        transform: 'direct', or 'winograd' (F(4 x 4, 3 x 3): 3 x 3, stride 1 and dilation 1 only).
+        transform: 'direct', or 'winograd' for the kernels and strides that `supports` tells.
+        stride: of the convs to come, where Winograd's form depends on it.
 
     Raises:
         KernelError: sizes that do not fit each other, an index out of range, values that are not
             finite, or a unit that the kernel does not support.
     """
-    _check(shape, lego_filters, index, coefficients, transform)
+    _check(shape, lego_filters, index, coefficients, transform, stride)
     kh, kw = shape.kernel
     bank = lego_filters.detach().to("cpu", torch.float64)
-    taps = bank.reshape(shape.n_lego, shape.width, kh * kw)
-    if transform == "winograd":
-        g = torch.tensor(_WINOGRAD_G, dtype=torch.float64)
-        taps = torch.einsum("ai,mqij,bj->mqab", g, bank, g).reshape(shape.n_lego, shape.width, 36)
+    winograd = transform == "winograd"
+    taps = _frequencies(bank, stride) if winograd else bank.flatten(2)[:, :, None]
     slots = index.detach().to("cpu", torch.int64)
     rows = torch.empty(shape.n_out, shape.n_split, shape.n_terms, dtype=torch.int32)
     split_rows, filters, base = [], [], 0
@@ -92,8 +93,8 @@ def pack(
         split_rows.append(used.numel())
         channels = max(0, min(shape.width, shape.channels - i * shape.width))
         chosen = taps.index_select(0, used)[:, :channels]
-        if transform == "winograd":
-            filters.append(_panels(chosen.permute(2, 0, 1)))
+        if winograd:
+            filters.append(_panels(chosen.flatten(1, 2).permute(2, 0, 1)))
         else:
             filters.append(_panels(chosen.reshape(1, used.numel(), -1)))
     filters.append(torch.zeros(_SLACK, dtype=torch.float64))
@@ -115,13 +116,32 @@ def pack(
     total = row_bytes * shape.n_out * n_sum * kh * kw
     head = [
         _MAGIC, _VERSION, total, shape.n_out, shape.channels, shape.width, kh, kw, shape.n_split,
-        n_sum, TRANSFORMS.index(transform), base, *places,
+        n_sum, stride if winograd else 0, base, *places,
     ]  # fmt: skip
     packed = torch.zeros(total, dtype=torch.uint8)
     packed[:_HEAD_BYTES] = _bytes(torch.tensor(head, dtype=torch.int64))
     for place, section in zip(places, sections, strict=True):
         packed[place : place + section.numel()] = section
     return packed.reshape(shape.n_out, n_sum, kh, kw, row_bytes)
+
+
+def _frequencies(bank: Tensor, stride: int) -> Tensor:
+    """Filters (m, q, k, k) to (m, q, phases, frequencies), by r x r taps of every phase.
+
+    A row of the transform holds the powers of its point, over the product of the polynomials of
+    the other points there (Cook and Toom; Lavin and Gray, 2016); the last row is infinity's.
+    """
+    m, q, k, _ = bank.shape
+    r = -(-k // stride)
+    points = torch.tensor(_POINTS[r], dtype=torch.float64)
+    factors = 1 + (points % 1 > 0)  # of 2 x - 1 for the point 1/2
+    gaps = (points[:, None] - points) * factors + torch.eye(len(points), dtype=torch.float64)
+    rows = points[:, None] ** torch.arange(r, dtype=torch.float64) / gaps.prod(1, keepdim=True)
+    highest = torch.eye(r, dtype=torch.float64)[-1:] / factors.prod()
+    g = torch.cat([rows, highest])
+    bank = F.pad(bank, (0, r * stride - k, 0, r * stride - k))
+    phases = bank.reshape(m, q, r, stride, r, stride)
+    return torch.einsum("ai,mqiyjx,bj->mqyxab", g, phases, g).reshape(m, q, stride * stride, -1)
 
 
 def _panels(filters: Tensor) -> Tensor:
@@ -146,15 +166,16 @@ def _check(
     index: Tensor,
     coefficients: Tensor | None,
     transform: str,
+    stride: int,
 ) -> None:
     if transform not in TRANSFORMS:
         raise KernelError(
             f"transform {transform!r} is not known; there are {', '.join(TRANSFORMS)}"
         )
-    if not supports(shape, (1, 1), (0, 0), (1, 1), transform):
+    if not supports(shape, (stride, stride), (0, 0), (1, 1), transform):
         raise KernelError(
-            f"the fused kernel has no {transform!r} form of a unit with groups={shape.groups} and "
-            f"kernel {shape.kernel}; use another route"
+            f"the fused kernel has no {transform!r} form of a unit with groups={shape.groups}, "
+            f"kernel {shape.kernel} and stride {stride}; use another route"
         )
     wanted = {
         "lego_filters": (lego_filters, (shape.n_lego, shape.width, *shape.kernel)),

@@ -105,8 +105,8 @@ Status read_unit(const char* packed, int64_t bytes, Conv& v) {
     if (size < 1 || size > INT32_MAX) return kBadHeader;
   }
   if (h.kernel_h * h.kernel_w > kMaxTaps || h.n_split > bytes) return kBadHeader;
-  if (h.transform != kDirect && h.transform != kWinograd) return kBadHeader;
-  if (h.transform == kWinograd && (h.kernel_h != 3 || h.kernel_w != 3)) return kBadHeader;
+  const int64_t side = winograd_side(h), stride = h.winograd_stride;
+  if (stride && !side) return kBadHeader;
   if (h.n_split * h.width < h.channels) return kBadHeader;
   const int64_t sums = multiply(h.n_out, h.n_sum);
   if (!inside(h, h.split_rows_at, h.n_split, 8) || !inside(h, h.rows_at, sums, 4) ||
@@ -115,8 +115,8 @@ Status read_unit(const char* packed, int64_t bytes, Conv& v) {
   }
   v.head = &h;
   v.split_rows = reinterpret_cast<const int64_t*>(packed + h.split_rows_at);
-  // The filters' sizes below are of Winograd's 36 frequencies, or of the kernel's taps.
-  const int64_t taps = h.transform == kWinograd ? 36 : h.kernel_h * h.kernel_w;
+  // The filters' sizes below are of Winograd's frequencies and phases, or of the kernel's taps.
+  const int64_t taps = side ? side * side * stride * stride : h.kernel_h * h.kernel_w;
   int64_t rows = 0, floats = kSlack;
   for (int64_t i = 0; i < h.n_split; i++) {
     const int64_t n = v.split_rows[i];
@@ -373,8 +373,8 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
       c->activation < kNone || c->activation > kSilu) {
     return kBadCall;
   }
-  if (h.transform == kWinograd &&
-      (c->stride_h != 1 || c->stride_w != 1 || c->dilation_h != 1 || c->dilation_w != 1)) {
+  if (h.winograd_stride && (c->stride_h != h.winograd_stride || c->stride_w != h.winograd_stride ||
+                            c->dilation_h != 1 || c->dilation_w != 1)) {
     return kBadCall;
   }
   v.x = c->x;

@@ -14,12 +14,12 @@ namespace {
 #include "linear.h"
 
 void plan(Conv& v, int threads) {
-  v.head->transform == kWinograd ? plan_winograd(v, threads) : plan_direct(v, threads);
+  v.head->winograd_stride ? plan_winograd(v, threads) : plan_direct(v, threads);
 }
 
 void transform(const Conv& v, int64_t tile, int64_t split, int64_t first, int64_t last, float* z,
                float* scratch) {
-  if (v.head->transform == kWinograd) {
+  if (v.head->winograd_stride) {
     transform_winograd(v, tile, split, first, last, z, scratch);
   } else {
     transform_direct(v, tile, split, first, last, z, scratch);
@@ -28,7 +28,7 @@ void transform(const Conv& v, int64_t tile, int64_t split, int64_t first, int64_
 
 void merge(const Conv& v, int64_t tile, int64_t first, int64_t last, const float* z,
            float* scratch) {
-  if (v.head->transform == kWinograd) {
+  if (v.head->winograd_stride) {
     merge_winograd(v, tile, first, last, z, scratch);
   } else {
     merge_direct(v, tile, first, last, z);

@@ -5,23 +5,31 @@
 namespace lego {
 
 enum Activation : int32_t { kNone = 0, kRelu = 1, kRelu6 = 2, kSilu = 3 };
-enum Transform : int64_t { kDirect = 0, kWinograd = 1 };
 
 constexpr int64_t kPanel = 6;        // Lego filters of one panel, at most; the same on every CPU
 constexpr int64_t kMagic = 0x4f47454c;
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 constexpr int64_t kMaxTaps = 1024;   // kh * kw
 constexpr int64_t kSlack = 16;       // floats that may be read, never used, past the last filter
 
 // The head of a packed buffer. Offsets are in bytes from its start. pack.py writes the same fields.
 struct Header {
   int64_t magic, version, bytes;
-  int64_t n_out, channels, width, kernel_h, kernel_w, n_split, n_sum, transform, n_rows;
+  int64_t n_out, channels, width, kernel_h, kernel_w, n_split, n_sum;
+  int64_t winograd_stride;  // of the convs that it is packed for; 0: packed for the direct form
+  int64_t n_rows;
   int64_t split_rows_at;    // int64 (n_split): Lego filters that each split uses
   int64_t filters_at;       // float: per split, [frequency,] panel, channel, tap, filter of the panel
   int64_t rows_at;          // int32 (n_out, n_sum): which row of Z
   int64_t coefficients_at;  // float (n_out, n_sum): times what
 };
+
+// Frequencies of a row in Winograd's form of F(4 x 4, r x r), r = kernel / stride; 0 where it has none.
+static inline int64_t winograd_side(const Header& h) {
+  const int64_t s = h.winograd_stride, k = h.kernel_h;
+  if (s < 1 || s > 2 || k != h.kernel_w || k <= s || k > 4 * s) return 0;
+  return (k + s - 1) / s + 3;
+}
 
 // One convolution, checked, with its tiling.
 struct Conv {

@@ -1,12 +1,20 @@
-// 3 x 3, stride 1, by Winograd's F(4 x 4, 3 x 3) (Lavin and Gray, 2016): 36 products for 16 outputs.
+// Winograd's F(4 x 4, r x r) for r = 2, 3 or 4 (Lavin and Gray, 2016), in (r + 3)^2 products for 16
+// outputs. A conv of stride 2 is one of stride 1 over the 4 phases of each channel, of half the kernel.
 // A tile is a run of bands, each 4 output rows of one image. Z holds, per row, the 16 pixels of a
 // 4 x 4 output patch as 16 lines of one float a patch.
-
-constexpr int64_t kFrequencies = 36;
 
 struct Bands {
   int64_t across, down;  // patches of an image
   INLINE explicit Bands(const Conv& v) : across(ceil_div(v.out_w, 4)), down(ceil_div(v.out_h, 4)) {}
+};
+
+struct Patch {
+  int64_t stride, side;   // of the conv; r + 3
+  int64_t period, span;   // input pixels from one patch to the next; of one patch
+  int64_t phases, products;
+  INLINE explicit Patch(const Conv& v)
+      : stride(v.head->winograd_stride), side(winograd_side(*v.head)), period(4 * stride),
+        span(side * stride), phases(stride * stride), products(side * side) {}
 };
 
 // Floats of a line of patches: those of all bands of a tile side by side, and of one band more.
@@ -14,12 +22,13 @@ INLINE int64_t line_floats(const Conv& v) {
   return round_up((v.tile_pixels + 1) * ceil_div(v.out_w, 4), kLanes) + 2 * kLanes;
 }
 
-// From one frequency to the next: an odd number of lines, or all 36 would fall into one cache set.
+// From one frequency to the next: an odd number of lines, or all would fall into one cache set.
 INLINE int64_t frequency_floats(int64_t rows, int64_t stride) { return odd_lines(rows * stride); }
 
 void plan_winograd(Conv& v, int threads) {
   const Header& h = *v.head;
   const Bands b(v);
+  const Patch p(v);
   const int64_t bands = v.batch * b.down;
   int64_t most_rows = 0;
   for (int64_t i = 0; i < h.n_split; i++) most_rows = most(most_rows, v.split_rows[i]);
@@ -35,49 +44,93 @@ void plan_winograd(Conv& v, int threads) {
   // An image's last vector may reach as far into the next one's place, which is written after it.
   v.z_stride = odd_lines(round_up(patches, kLanes) + (v.batch > 1 ? kLanes : 0));
   v.z_floats = most(1, h.n_rows) * 16 * v.z_stride + kPixels;
-  v.scratch_floats = kFrequencies * (frequency_floats(h.width, v.z_stride) +
-                                     frequency_floats(most_rows, v.z_stride)) +
-                     kMaxColumns * h.width + (24 + 4) * line_floats(v) + 4 * kPixels;
+  const int64_t depth = h.width * p.phases;
+  v.scratch_floats = p.products * (frequency_floats(depth, v.z_stride) +
+                                   frequency_floats(most_rows, v.z_stride)) +
+                     kMaxColumns * depth + p.period * (p.span + 1) * line_floats(v) + 4 * kPixels;
 }
 
-// B^T d of one row or column of six.
-INLINE void input_six(const V* d, int64_t step, V* out) {
-  const V d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step],
-          d5 = d[5 * step];
-  const V a = d4 - 4.0f * d2, b = d3 - 4.0f * d1, c = d4 - d2, e = d3 - d1;
-  out[0] = 4.0f * d0 + (d4 - 5.0f * d2);
+// x (x^2 - 1) (x^2 - 4): what the points 0, 1, -1, 2 and -2 have in common.
+INLINE V quintic(const V* d) { return 4.0f * d[0] + (d[4] - 5.0f * d[2]); }
+
+// B^T d of one row or column: the polynomials through all points but one, and through all.
+INLINE void input_finite(const V* d, V* out) {
+  const V a = d[4] - 4.0f * d[2], b = d[3] - 4.0f * d[1], c = d[4] - d[2], e = d[3] - d[1];
+  out[0] = quintic(d);
   out[1] = a + b;
   out[2] = a - b;
   out[3] = 2.0f * e + c;
   out[4] = c - 2.0f * e;
-  out[5] = 4.0f * d1 + (d5 - 5.0f * d3);
+}
+template <int SIDE>
+INLINE void transform_input(const V* d, V* out) {
+  if constexpr (SIDE == 5) {  // 0, 1, -1, 2
+    const V a = d[3] - d[1], b = d[3] - d[2];
+    out[0] = 2.0f * (d[0] - d[2]) + a;
+    out[1] = b - 2.0f * d[1];
+    out[2] = b + 2.0f * (d[1] - d[2]);
+    out[3] = a;
+    out[4] = d[4] - d[2] - 2.0f * a;
+  } else if constexpr (SIDE == 6) {  // 0, 1, -1, 2, -2
+    input_finite(d, out);
+    out[5] = quintic(d + 1);
+  } else {  // 0, 1, -1, 2, -2, 1/2: those of six, times 2 x - 1
+    V one[5], next[5];
+    input_finite(d, one);
+    input_finite(d + 1, next);
+    UNROLL for (int i = 0; i < 5; i++) out[i] = 2.0f * next[i] - one[i];
+    out[5] = next[0];
+    out[6] = 2.0f * quintic(d + 2) - next[0];
+  }
 }
 
-// A^T m of one row or column of six.
-INLINE void output_four(const V* m, int64_t step, V* out) {
-  const V m0 = m[0], m1 = m[step], m2 = m[2 * step], m3 = m[3 * step], m4 = m[4 * step],
-          m5 = m[5 * step];
-  const V a = m1 + m2, b = m1 - m2, c = m3 + m4, e = m3 - m4;
-  out[0] = m0 + a + c;
-  out[1] = 2.0f * e + b;
-  out[2] = 4.0f * c + a;
-  out[3] = 8.0f * e + b + m5;
+// A^T m of one row or column: the values at 4 pixels.
+template <int SIDE>
+INLINE void transform_output(const V* m, V* out) {
+  const V a = m[1] + m[2], b = m[1] - m[2];
+  if constexpr (SIDE == 5) {
+    out[0] = m[0] + a + m[3];
+    out[1] = 2.0f * m[3] + b;
+    out[2] = 4.0f * m[3] + a;
+    out[3] = 8.0f * m[3] + b + m[4];
+    return;
+  } else {
+    const V c = m[3] + m[4], e = m[3] - m[4];
+    out[0] = m[0] + a + c;
+    out[1] = 2.0f * e + b;
+    out[2] = 4.0f * c + a;
+    out[3] = 8.0f * e + b + m[SIDE - 1];
+    if constexpr (SIDE == 7) {
+      UNROLL for (int i = 0; i < 4; i++) out[i] += m[5] * (1.0f / (1 << i));
+    }
+  }
 }
 
-// Input rows r = 0 to 3 of `bands` bands of one image, of one channel, as lines of patches:
-// lines[(6 r + q) * floats + i] is column q of the patch i. Rows 4 and 5 of a band are rows 0 and 1 of
-// the next, so these have a band more. `row` holds zeros where the padding is, and keeps them.
-INLINE void patch_lines(const Conv& v, float* lines, float* row, const float* plane, int64_t top,
-                        int64_t bands) {
+// Every fourth lane of a, b, c, d from the first on to `to`, from the second on to to + step, ...
+INLINE void every_fourth(V a, V b, V c, V d, float* to, int64_t step) {
+  const V even0 = even_lanes(a, b), even1 = even_lanes(c, d);
+  const V odd0 = odd_lanes(a, b), odd1 = odd_lanes(c, d);
+  store(to, even_lanes(even0, even1));
+  store(to + step, even_lanes(odd0, odd1));
+  store(to + 2 * step, odd_lanes(even0, even1));
+  store(to + 3 * step, odd_lanes(odd0, odd1));
+}
+
+// Input rows of `bands` bands of one image, of one channel, as lines of patches:
+// lines[(span r + q) * floats + i] is column q of the patch i in row r, both counted from the patch's
+// first pixel. Rows from the period on are the first rows of the next band, so these have a band
+// more. `row` holds zeros where the padding is, and keeps them.
+INLINE void patch_lines(const Conv& v, const Patch& p, float* lines, float* row, const float* plane,
+                        int64_t top, int64_t bands) {
   const int64_t across = ceil_div(v.out_w, 4), floats = line_floats(v);
   const int64_t step = v.channels_last ? v.head->channels : 1, pitch = v.width * step;
-  const int64_t n = most(0, least(v.width, 4 * across - v.pad_w));
-  for (int64_t r = 0; r < 4; r++) {
-    const int64_t count = bands + (r < 2);
-    float* line = lines + 6 * r * floats;
+  const int64_t n = most(0, least(v.width, p.period * across - v.pad_w));
+  for (int64_t r = 0; r < p.period; r++) {
+    const int64_t count = bands + (r < p.span - p.period);
+    float* line = lines + p.span * r * floats;
     for (int64_t b = 0; b < count; b++) {
-      const int64_t y = top + 4 * b + r;
-      float* to = row + 4 * across * b + v.pad_w;
+      const int64_t y = top + p.period * b + r;
+      float* to = row + p.period * across * b + v.pad_w;
       if (y < 0 || y >= v.height) {
         for (int64_t i = 0; i < n; i++) to[i] = 0;
       } else if (step == 1) {
@@ -87,24 +140,31 @@ INLINE void patch_lines(const Conv& v, float* lines, float* row, const float* pl
       }
     }
     for (int64_t i = 0; i < count * across; i += kLanes) {
-      const V a = load(row + 4 * i), b = load(row + 4 * i + kLanes);
-      const V c = load(row + 4 * i + 2 * kLanes), d = load(row + 4 * i + 3 * kLanes);
-      const V even0 = even_lanes(a, b), even1 = even_lanes(c, d);
-      const V odd0 = odd_lanes(a, b), odd1 = odd_lanes(c, d);
-      store(line + i, even_lanes(even0, even1));
-      store(line + floats + i, even_lanes(odd0, odd1));
-      store(line + 2 * floats + i, odd_lanes(even0, even1));
-      store(line + 3 * floats + i, odd_lanes(odd0, odd1));
+      const float* from = row + p.period * i;
+      V x[8];
+      UNROLL for (int u = 0; u < 4; u++) x[u] = load(from + u * kLanes);
+      if (p.stride == 1) {
+        every_fourth(x[0], x[1], x[2], x[3], line + i, floats);
+        continue;
+      }
+      UNROLL for (int u = 4; u < 8; u++) x[u] = load(from + u * kLanes);
+      V even[4], odd[4];
+      UNROLL for (int u = 0; u < 4; u++) {
+        even[u] = even_lanes(x[2 * u], x[2 * u + 1]);
+        odd[u] = odd_lanes(x[2 * u], x[2 * u + 1]);
+      }
+      every_fourth(even[0], even[1], even[2], even[3], line + i, 2 * floats);
+      every_fourth(odd[0], odd[1], odd[2], odd[3], line + floats + i, 2 * floats);
     }
-    // Columns 4 and 5 are columns 0 and 1 of the next patch, or past the row's last one.
-    for (int64_t q = 0; q < 2; q++) {
-      float* to = line + (4 + q) * floats;
+    // Columns from the period on are those of the next patch, or past the row's last one.
+    for (int64_t q = 0; q < p.span - p.period; q++) {
+      float* to = line + (p.period + q) * floats;
       for (int64_t i = 0; i < count * across; i += kLanes) {
         store(to + i, load(line + q * floats + i + 1));
       }
-      const int64_t x = 4 * across + q - v.pad_w;
+      const int64_t x = p.period * across + q - v.pad_w;
       for (int64_t b = 0; b < count; b++) {
-        const int64_t y = top + 4 * b + r;
+        const int64_t y = top + p.period * b + r;
         const bool inside = x >= 0 && x < v.width && y >= 0 && y < v.height;
         to[(b + 1) * across - 1] = inside ? plane[y * pitch + x * step] : 0.0f;
       }
@@ -112,10 +172,12 @@ INLINE void patch_lines(const Conv& v, float* lines, float* row, const float* pl
   }
 }
 
-void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t first_panel,
-                        int64_t last_panel, float* z_tile, float* scratch) {
+template <int SIDE>
+void transform_patches(const Conv& v, int64_t tile, int64_t split, int64_t first_panel,
+                       int64_t last_panel, float* z_tile, float* scratch) {
   const Header& h = *v.head;
   const Bands b(v);
+  const Patch p(v);
   const int64_t channels = most(0, least(h.width, h.channels - split * h.width));
   const int64_t band0 = tile * v.tile_pixels;
   const int64_t band1 = least(band0 + v.tile_pixels, v.batch * b.down);
@@ -124,19 +186,21 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
   const float* filters = v.filters;
   int64_t z_row = 0;
   for (int64_t i = 0; i < split; i++) {
-    filters += v.split_rows[i] * most(0, least(h.width, h.channels - i * h.width)) * kFrequencies;
+    filters += v.split_rows[i] * most(0, least(h.width, h.channels - i * h.width)) * p.phases *
+               p.products;
     z_row += v.split_rows[i];
   }
-  const int64_t input_step = frequency_floats(h.width, stride);
+  const int64_t most_depth = h.width * p.phases, depth = channels * p.phases;
+  const int64_t input_step = frequency_floats(most_depth, stride);
   const int64_t product_step = frequency_floats(v.split_rows[split], stride);
-  float* input = scratch;                              // (36, channels, stride)
-  float* product = input + kFrequencies * input_step;  // (36, rows, stride)
+  float* input = scratch;                            // (products, depth, stride)
+  float* product = input + p.products * input_step;  // (products, rows, stride)
   const int64_t rows = panels.first(last_panel) - panels.first(first_panel);
-  float* column = product + kFrequencies * product_step;
-  float* lines = column + kMaxColumns * h.width;
+  float* column = product + p.products * product_step;
+  float* lines = column + kMaxColumns * most_depth;
   const int64_t floats = line_floats(v), plane = v.height * v.width;
-  float* row = lines + 24 * floats;
-  for (int64_t i = 0; i < 4 * floats; i += kLanes) store(row + i, V{});
+  float* row = lines + p.period * p.span * floats;
+  for (int64_t i = 0; i < p.period * floats; i += kLanes) store(row + i, V{});
   for (int64_t c = 0; c < channels; c++) {
     for (int64_t band = band0; band < band1;) {
       const int64_t image = band / b.down, down = band % b.down;
@@ -144,28 +208,35 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
       const int64_t channel = image * h.channels + split * h.width + c;
       const float* x = v.x + (v.channels_last ? image * (h.channels * (plane - 1)) + channel
                                               : channel * plane);
-      const int64_t top = 4 * down - v.pad_h;
+      const int64_t top = p.period * down - v.pad_h;
       if (!v.channels_last && c + kAhead < channels) {
         fetch(x + kAhead * plane + most(0, top) * v.width,
-              least(v.height - most(0, top), 4 * bands + 2) * v.width);
+              least(v.height - most(0, top), p.period * (bands - 1) + p.span) * v.width);
       }
-      patch_lines(v, lines, row, x, top, bands);
-      float* to = input + c * stride + (band - band0) * b.across;
-      for (int64_t t = 0; t < n; t += kLanes) {
-        V half[36];
-        UNROLL for (int q = 0; q < 6; q++) {
-          V d[6], out[6];
-          UNROLL for (int u = 0; u < 6; u++) {
-            d[u] = load(lines + (6 * (u & 3) + q) * floats + (u >> 2) * b.across + t);
-          }
-          input_six(d, 1, out);
-          UNROLL for (int u = 0; u < 6; u++) half[u * 6 + q] = out[u];
+      patch_lines(v, p, lines, row, x, top, bands);
+      for (int64_t phase = 0; phase < p.phases; phase++) {
+        int64_t at[SIDE];  // of a patch's first column in its row u
+        UNROLL for (int u = 0; u < SIDE; u++) {
+          const int64_t r = u * p.stride + phase / p.stride;
+          at[u] = (r % p.period * p.span + phase % p.stride) * floats + r / p.period * b.across;
         }
-        UNROLL for (int u = 0; u < 6; u++) {
-          V out[6];
-          input_six(half + u * 6, 1, out);
-          UNROLL for (int q = 0; q < 6; q++) {
-            store(to + (u * 6 + q) * input_step + t, out[q]);
+        float* to = input + (c * p.phases + phase) * stride + (band - band0) * b.across;
+        for (int64_t t = 0; t < n; t += kLanes) {
+          V half[SIDE * SIDE];
+          UNROLL for (int q = 0; q < SIDE; q++) {
+            V d[SIDE], out[SIDE];
+            UNROLL for (int u = 0; u < SIDE; u++) {
+              d[u] = load(lines + at[u] + q * p.stride * floats + t);
+            }
+            transform_input<SIDE>(d, out);
+            UNROLL for (int u = 0; u < SIDE; u++) half[u * SIDE + q] = out[u];
+          }
+          UNROLL for (int u = 0; u < SIDE; u++) {
+            V out[SIDE];
+            transform_input<SIDE>(half + u * SIDE, out);
+            UNROLL for (int q = 0; q < SIDE; q++) {
+              store(to + (u * SIDE + q) * input_step + t, out[q]);
+            }
           }
         }
       }
@@ -177,17 +248,17 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
   int64_t dx[LEGO_VECTORS];
   UNROLL for (int64_t u = 0; u < LEGO_VECTORS; u++) dx[u] = u * kLanes;
   const int64_t no_tap = 0;
-  for (int64_t f = 0; f < kFrequencies; f++) {
-    for (int64_t c0 = 0; c0 == 0 || c0 < channels; c0 += block) {
-      const int64_t n = least(block, channels - c0);
+  for (int64_t f = 0; f < p.products; f++) {
+    for (int64_t c0 = 0; c0 == 0 || c0 < depth; c0 += block) {
+      const int64_t n = least(block, depth - c0);
       const float* x = input + f * input_step + c0 * stride;
       for (int64_t i = whole; i < patches; i++) {
         for (int64_t k = 0; k < n; k++) column[(i - whole) * n + k] = x[k * stride + i];
       }
-      for (int64_t p = first_panel; p < last_panel; p++) {
-        const int64_t mr = panels.height(p);
-        const float* a = filters + (f * v.split_rows[split] + panels.first(p)) * channels + c0 * mr;
-        float* z = product + f * product_step + (panels.first(p) - panels.first(first_panel)) * stride;
+      for (int64_t panel = first_panel; panel < last_panel; panel++) {
+        const int64_t mr = panels.height(panel), first = panels.first(panel);
+        const float* a = filters + (f * v.split_rows[split] + first) * depth + c0 * mr;
+        float* z = product + f * product_step + (first - panels.first(first_panel)) * stride;
         for (int64_t i = 0; i < whole; i += kPixels) {
           const int64_t nv = least(LEGO_VECTORS, ceil_div(whole - i, kLanes));
           kPanelTile[nv - 1][1][mr - 1](a, n, 1, &no_tap, x + i, stride, dx, z + i, stride, c0 > 0);
@@ -202,19 +273,30 @@ void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t firs
     const float* from = product + r * stride;
     float* to = z_tile + (z_row + panels.first(first_panel) + r) * 16 * stride;
     for (int64_t t = 0; t < patches; t += kLanes) {
-      V half[24];
-      UNROLL for (int q = 0; q < 6; q++) {
-        V column[6], out[4];
-        UNROLL for (int u = 0; u < 6; u++) column[u] = load(from + (u * 6 + q) * product_step + t);
-        output_four(column, 1, out);
-        UNROLL for (int u = 0; u < 4; u++) half[u * 6 + q] = out[u];
+      V half[4 * SIDE];
+      UNROLL for (int q = 0; q < SIDE; q++) {
+        V column[SIDE], out[4];
+        UNROLL for (int u = 0; u < SIDE; u++) {
+          column[u] = load(from + (u * SIDE + q) * product_step + t);
+        }
+        transform_output<SIDE>(column, out);
+        UNROLL for (int u = 0; u < 4; u++) half[u * SIDE + q] = out[u];
       }
       UNROLL for (int u = 0; u < 4; u++) {
         V out[4];
-        output_four(half + u * 6, 1, out);
+        transform_output<SIDE>(half + u * SIDE, out);
         UNROLL for (int q = 0; q < 4; q++) store(to + (u * 4 + q) * stride + t, out[q]);
       }
     }
+  }
+}
+
+void transform_winograd(const Conv& v, int64_t tile, int64_t split, int64_t first, int64_t last,
+                        float* z, float* scratch) {
+  switch (winograd_side(*v.head)) {
+    case 5: return transform_patches<5>(v, tile, split, first, last, z, scratch);
+    case 6: return transform_patches<6>(v, tile, split, first, last, z, scratch);
+    default: return transform_patches<7>(v, tile, split, first, last, z, scratch);
   }
 }
 
