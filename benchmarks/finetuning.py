@@ -324,30 +324,38 @@ def transfer(args: argparse.Namespace) -> None:
     """squeezenet1_1 to the classes of emoji64: dense, compressed before and compressed after."""
     pixels = {"mean": (123.68 / 255, 116.779 / 255, 103.939 / 255), "std": (1 / 255,) * 3,
               "input_size": (64, 64), "crop_pct": 1.0}  # fmt: skip
-    recipe = lego.load_recipe("finetune-small-data", ["data.holdout=0", *args.set])
+    changes = ["data.holdout=0", *args.set]
+    recipe = lego.load_recipe("finetune-small-data", changes)
+    taught = lego.load_recipe("finetune-small-data", [*changes, "distill={}"])
 
     def fresh() -> nn.Module:
         return lego.create("torchvision/squeezenet1_1", weights=args.weights, preprocess=pixels)
 
-    def tune(model: nn.Module, label: str) -> nn.Module:
-        train, tests = lego.open_training(model, recipe, str(args.transfer))
-        finetune_(model, recipe, train, tests)
-        top1 = lego.evaluate(model, tests.batches(64)).top1
+    def tell(model: nn.Module, label: str) -> nn.Module:
+        top1 = lego.evaluate(model, lego.open_training(model, recipe, data)[1].batches(64)).top1
         size = measure(model).totals()["bits"] / 8e6
         print(f"| {label} | {size:.2f} MB | {top1:.2f} |", flush=True)
         return model
 
+    def tune(model: nn.Module, teacher: nn.Module | None = None) -> nn.Module:
+        by = recipe if teacher is None else taught
+        return finetune_(model, by, *lego.open_training(model, by, data), teacher)
+
     def convert(model: nn.Module) -> nn.Module:
         return lego.convert_(model, lego.plan(model, lego.LegoSpec(m=0.5, o=2, k=args.k)))
 
+    data = str(args.transfer)
     print("| network | ideal size | test top-1 |\n|---|---|---|")
-    learned = tune(lego.reset_classifier_(fresh(), 9), "dense")
-    tune(lego.reset_classifier_(convert(fresh()), 9), "compressed, then transferred")
-    convert(learned)
-    tests = lego.open_training(learned, recipe, str(args.transfer))[1]
-    clustered = lego.evaluate(learned, tests.batches(64)).top1
-    print(f"| transferred, then compressed, not trained on | | {clustered:.2f} |")
-    tune(learned, "transferred, then compressed, trained on")
+    teacher = tell(tune(lego.reset_classifier_(fresh(), 9)), "dense")
+    tell(tune(lego.reset_classifier_(convert(fresh()), 9)), "compressed, then transferred")
+    clustered = tell(convert(copy.deepcopy(teacher)), "transferred, then compressed")
+    calibrated = copy.deepcopy(clustered)
+    tell(tune(clustered), "the same, trained on")
+    images, transform = lego.open_training(teacher, recipe, data)[0], preprocessing(teacher)[0]
+    dataset: Any = images.dataset
+    lego.calibrate_(calibrated, teacher, torch.stack([transform(image) for image, _ in dataset]))
+    tell(calibrated, "transferred, then compressed and calibrated")
+    tell(tune(calibrated, teacher), "the same, trained on, the transferred network teaching")
 
 
 def main() -> None:
