@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import legocompress as lego
 from legocompress.calibrate import EPOCHS
-from legocompress.errors import SpecError, UsageError
+from legocompress.errors import SpecError, UsageError, first_line
 from legocompress.models import source_of
 from legocompress.spec import LegoSpec
 
@@ -218,9 +218,7 @@ def read_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from error
+        raise UsageError(f"--device {name!r} cannot be used here: {first_line(error)}") from error
     return device
 
 

@@ -78,3 +78,9 @@ class TrainingError(LegoError):
 
 class OutputError(LegoError):
     """An output could not be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, cut to 300 characters; its type where it has none."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

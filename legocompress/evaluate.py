@@ -9,7 +9,7 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 
 from legocompress.data import UNLABELLED
-from legocompress.errors import DataError
+from legocompress.errors import DataError, first_line
 from legocompress.probe import evaluating
 
 
@@ -110,8 +110,7 @@ def _outputs(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         y = model(images)
     except RuntimeError as error:
         raise DataError(
-            f"the network refuses images of shape {tuple(images.shape)}: "
-            f"{str(error).splitlines()[0]}"
+            f"the network refuses images of shape {tuple(images.shape)}: {first_line(error)}"
         ) from error
     if not isinstance(y, Tensor) or y.dim() != 2:
         found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__

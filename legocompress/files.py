@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from legocompress.errors import OutputError, OutputExistsError
+from legocompress.errors import OutputError, OutputExistsError, first_line
 
 
 def check_free(target: Path, force: bool) -> None:
@@ -85,4 +85,4 @@ def _explained(target: Path, error: BaseException) -> OutputError:
             f"no space left to write {str(target)!r}; nothing was changed there. "
             "Free some space, or choose another --out"
         )
-    return OutputError(f"cannot write {str(target)!r}: {text.splitlines()[0]}")
+    return OutputError(f"cannot write {str(target)!r}: {first_line(error)}")

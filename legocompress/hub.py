@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
-from legocompress.errors import CheckpointError, UsageError
+from legocompress.errors import CheckpointError, UsageError, first_line
 
 FILES = ("config.json", "model.safetensors")
 SCHEMES = ("hf-hub", "hf_hub")
@@ -51,6 +51,5 @@ def local_folder(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
         ) from error
     # The library's errors of the network derive from different classes in different versions.
     except Exception as error:
-        told = str(error).strip() or type(error).__name__
-        raise CheckpointError(f"{str(name)!r} cannot be fetched: {told.splitlines()[0]}") from error
+        raise CheckpointError(f"{str(name)!r} cannot be fetched: {first_line(error)}") from error
     return path.parent

@@ -11,17 +11,17 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import timm
 import torch
 import torchvision
-from timm.models import load_model_config_from_hf, load_state_dict
+from timm.models import load_model_config_from_hf
 from timm.models._hub import load_model_config_from_path
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import InterpolationMode
 
-from legocompress.errors import LegoError, ModelNameError, UsageError, WeightsError
+from legocompress.errors import LegoError, ModelNameError, UsageError, WeightsError, first_line
 from legocompress.probe import model_cfg
+from legocompress.weights import load_state_, load_weights_
 
 Library = Literal["timm", "torchvision"]
 # Arguments of the factories, not of an architecture: none of these may come from a file.
@@ -201,7 +201,7 @@ def build(source: Source) -> nn.Module:
 def _unbuildable(source: Source, error: BaseException) -> str:
     return (
         f"{source.library}/{source.architecture} cannot be built with arguments "
-        f"{source.model_args}: {_first_line(error)}"
+        f"{source.model_args}: {first_line(error)}"
     )
 
 
@@ -219,66 +219,6 @@ def source_of(model: nn.Module) -> Source:
     return source
 
 
-def load_weights_(model: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict file into `model`, every key and shape matching.
-
-    Raises:
-        WeightsError: the file is missing, unreadable, no plain tensors, or of another network.
-    """
-    if not path.is_file():
-        raise WeightsError(f"weights file {str(path)!r} does not exist")
-    try:
-        state = load_state_dict(str(path), weights_only=True)
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise WeightsError(
-            f"weights file {str(path)!r} cannot be read as safetensors or as a torch state dict of "
-            f"plain tensors: {_first_line(error)}"
-        ) from error
-    except Exception as error:  # torch.load raises pickle's own errors for what is not tensors
-        raise WeightsError(
-            f"weights file {str(path)!r} holds more than plain tensors, which is refused: "
-            f"{_first_line(error)}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"weights file {str(path)!r} is no state dict: a name to tensor mapping")
-    _load_state_(model, state, f"the weights in {str(path)!r}")
-    return model
-
-
-def _load_state_(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    own = model.state_dict()
-    # Linear layers built as 1x1 convs (ConvNeXt) have the same numbers in another shape.
-    fitted = {
-        key: value.reshape(own[key].shape)
-        if key in own and (*value.shape, 1, 1) == tuple(own[key].shape)
-        else value
-        for key, value in state.items()
-    }
-    missing = [k for k in own if k not in fitted and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in fitted if k not in own]
-    shapes = [k for k in own if k in fitted and own[k].shape != fitted[k].shape]
-    faults = {"missing": missing, "unknown": unknown, "of another shape": shapes}
-    if missing or unknown or shapes:
-        told = "; ".join(
-            f"{len(keys)} {what} (such as {_example(keys[0], own, fitted)})"
-            for what, keys in faults.items()
-            if keys
-        )
-        raise WeightsError(
-            f"{origin} do not fit {type(model).__name__}: tensors {told}. Name the architecture "
-            "that they were saved from, and --num-classes if its classifier is not the default"
-        )
-    # Laid over the model's own state, whose version metadata MnasNet would miss.
-    own.update(fitted)
-    model.load_state_dict(own)
-
-
-def _example(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    if key in own and key in state:
-        return f"{key}: {tuple(state[key].shape)} given, {tuple(own[key].shape)} expected"
-    return key
-
-
 def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
     """Turn a user's model name into a source, and the hub's configuration where it has one."""
     scheme, _, rest = name.partition(":")
@@ -291,7 +231,7 @@ def _resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
             cfg = dict(cfg)
         except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
             raise WeightsError(
-                f"no model configuration at {name!r}: {_first_line(error)}"
+                f"no model configuration at {name!r}: {first_line(error)}"
             ) from error
         classes = {"num_classes": cfg["num_classes"]} if "num_classes" in cfg else {}
         model_args = {**default_args("timm", architecture), **classes, **(args or {})}
@@ -364,7 +304,7 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
         with redirect_stdout(StringIO()):  # torch announces the download there, amid our JSON
             state = entry.get_state_dict(progress=False, check_hash=True)
         kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
-        _load_state_(model, kept, f"torchvision's {entry}")
+        load_state_(model, kept, f"torchvision's {entry}")
         return model
     except LegoError:
         raise
@@ -373,7 +313,7 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
     # Downloads and files of any kind: errors of the network, safetensors and pickle.
     except Exception as error:
         raise WeightsError(
-            f"the pretrained weights of {name!r} cannot be had: {_first_line(error)}. "
+            f"the pretrained weights of {name!r} cannot be had: {first_line(error)}. "
             "Give a local file with --weights FILE, or take random weights with --no-pretrained"
         ) from error
 
@@ -417,8 +357,3 @@ def _torchvision_cfg(name: str) -> dict[str, Any]:
         "mean": tuple(transforms.mean),
         "std": tuple(transforms.std),
     }
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -13,7 +13,7 @@ from torch import nn
 from legocompress.checkpoint import load
 from legocompress.conv import lego_modules
 from legocompress.convert import Record
-from legocompress.errors import OutputError, UsageError
+from legocompress.errors import OutputError, UsageError, first_line
 from legocompress.hub import FILES
 from legocompress.measure import Report, measure
 from legocompress.models import source_of
@@ -67,7 +67,7 @@ def push(
         raise UsageError(f"{repo!r} is no name of a repository, USER/REPO: {error}") from error
     # The library's errors of the network derive from different classes in different versions.
     except Exception as error:
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        told = first_line(error)
         raise OutputError(
             f"cannot push to {repo!r}: {told}. Log in with `hf auth login`, or pass a token that "
             "may write there"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 import legocompress as lego
@@ -15,6 +16,7 @@ import legocompress as lego
 ARCHITECTURE = "resnet18"
 ARGS: dict[str, Any] = {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}
 CLASSES = 3
+SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 RECIPE: dict[str, Any] = {
     "data": {"holdout": 12},
     "augment": {"crop": "shift", "padding": 2},
@@ -68,3 +70,15 @@ def write_images(path: Path, number: int = 52, labels: bool = True, test: int = 
         arrays["test"] = np.arange(number) >= number - test
     np.savez(path, **arrays)
     return path
+
+
+def small(**args: Any) -> nn.Module:
+    """A narrow ResNet of colour images and 5 classes."""
+    args = {"pretrained": False, "num_classes": 5, "model_args": SMALL, **args}
+    return lego.create("resnet18", **args)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks have the same state, in the same order."""
+    left, right = a.state_dict(), b.state_dict()
+    return list(left) == list(right) and all(torch.equal(left[n], right[n]) for n in left)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from legocompress.errors import ExportError, UsageError
+from legocompress.errors import ExportError, UsageError, first_line
 from legocompress.export.program import (
     Exported,
     Form,
@@ -23,7 +23,6 @@ from legocompress.export.program import (
     check_agrees,
     differences,
     example_images,
-    first_line,
     hollow_copy,
     reference,
     trace,

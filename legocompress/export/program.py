@@ -19,7 +19,7 @@ from legocompress.codec import stored_filters
 from legocompress.conv import LegoModule, lego_modules, to_dense_
 from legocompress.convert import TORCH_DTYPES, rounded
 from legocompress.deploy.network import deploy_, deployed_graph
-from legocompress.errors import DeployError, ExportError, KernelError, UsageError
+from legocompress.errors import DeployError, ExportError, KernelError, UsageError, first_line
 from legocompress.files import check_free, writing
 from legocompress.probe import default_input
 
@@ -211,11 +211,6 @@ def check_agrees(where: str, relative: float) -> None:
             f"{TOLERANCE:.0e}; nothing was written. Please report the architecture; --form dense "
             "may do meanwhile"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def export_program(

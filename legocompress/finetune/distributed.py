@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from legocompress.errors import TrainingError
+from legocompress.errors import TrainingError, first_line
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
-            f"the {processes.size} processes cannot be joined: {str(error).splitlines()[0]}"
+            f"the {processes.size} processes cannot be joined: {first_line(error)}"
         ) from error
     try:
         yield

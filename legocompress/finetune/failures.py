@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from legocompress.errors import TrainingError
+from legocompress.errors import TrainingError, first_line
 from legocompress.finetune.recipe import Recipe
 
 
@@ -50,7 +50,7 @@ def explained(recipe: Recipe, epoch: int) -> Iterator[None]:
             ) from error
         if "dataloader worker" in text:
             raise TrainingError(
-                f"a process that reads images has died ({str(error).splitlines()[0]}); take fewer "
+                f"a process that reads images has died ({first_line(error)}); take fewer "
                 "with --workers, or none with --workers 0"
             ) from error
         if type(error).__name__ == "DistBackendError" or "gloo" in text or "nccl" in text:

@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from legocompress.conv import lego_modules
-from legocompress.errors import UsageError
+from legocompress.errors import UsageError, first_line
 from legocompress.finetune.recipe import Optimizer, Rates, Recipe
 from legocompress.proxy import balance_gradient, start_proxy
 
@@ -80,8 +80,7 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
     # Every optimiser has its own way to refuse an argument.
     except Exception as error:
         raise UsageError(
-            f"optimizer: timm refuses {settings.name!r} with {options}: "
-            f"{str(error).splitlines()[0]}"
+            f"optimizer: timm refuses {settings.name!r} with {options}: {first_line(error)}"
         ) from error
     return optimizer
 
