@@ -47,7 +47,7 @@ class Case:
             self.shape, self.lego_filters.double(), self.index, double(self.coefficients)
         )
         conv = (self.stride, self.padding, self.dilation)
-        y = F.conv2d(self.x.double(), weight, double(self.bias), *conv)
+        y = F.conv2d(self.x.double(), weight, double(self.bias), *conv, self.shape.groups)
         return ACTIVATIONS[self.activation](y if self.residual is None else y + self.residual)
 
     def run(self, transform: str = "direct") -> Tensor:
@@ -133,6 +133,19 @@ def random_winograd_case(rnd: random.Random) -> Case:
                 channels_last=rnd.random() < 0.3, residual=rnd.random() < 0.4,
                 activation=rnd.choice(list(ACTIVATIONS)),
             )  # fmt: skip
+
+
+def random_grouped_case(rnd: random.Random) -> Case:
+    """A unit of groups; of one channel each, too."""
+    groups, o, q = rnd.randint(2, 6), rnd.randint(1, 3), rnd.randint(1, 5)
+    n, stride = groups * rnd.randint(1, 6), rnd.choice([1, 2])
+    shape = UnitShape(n, o * q, (3, 3), groups, rnd.randint(1, 7), o, rnd.randint(1, 2))
+    slots = (o, n, shape.n_terms)
+    x = torch.randn(rnd.choice([1, 3]), groups * o * q, *rnd.choice([(5, 9), (13, 17), (28, 28)]))
+    return Case(
+        shape, torch.randn(shape.n_lego, q, 3, 3), torch.randint(0, shape.n_lego, slots),
+        torch.randn(slots), torch.randn(n), None, x, (stride, stride), (1, 1), (1, 1), "relu",
+    )  # fmt: skip
 
 
 STRIDES = [(1, 1), (1, 1), (2, 2), (2, 1), (3, 2)]

@@ -32,6 +32,13 @@ struct LinearCall {
   int64_t batch, channels, n_out, activation, threads;
 };
 extern "C" int64_t lego_linear(const LinearCall*);
+struct DepthwiseCall {
+  const float *weight, *bias, *x;
+  float* y;
+  int64_t batch, channels, n_out, sizes[4], kernel[2], stride[2], pad[2], dilation[2];
+  int64_t activation, threads;
+};
+extern "C" int64_t lego_depthwise(const DepthwiseCall*);
 struct RunCall {
   const int64_t* code;
   int64_t words;
@@ -92,6 +99,58 @@ static int linear_cases() {
     }
   }
   return n_cases;
+}
+
+// Depthwise convs of all kinds against plain loops; returns how many, or exits.
+static int depthwise_cases() {
+  int n = 0;
+  while (n < 300) {
+    DepthwiseCall c{};
+    c.batch = 1 + below(2), c.channels = 1 + below(9), c.n_out = c.channels * (1 + below(2));
+    c.activation = below(2), c.threads = 1 + below(3);
+    const int64_t square = 2 * below(4) + 1;  // the forms of their own, every other time
+    for (int u = 0; u < 2; u++) {
+      c.sizes[u] = 1 + below(70);
+      c.kernel[u] = n % 2 ? square : 1 + below(4);
+      c.stride[u] = n % 2 ? 1 + n / 2 % 2 : 1 + below(3);
+      c.pad[u] = below(c.kernel[u] + 1);
+      c.dilation[u] = n % 2 ? 1 : 1 + below(2);
+      const int64_t room = c.sizes[u] + 2 * c.pad[u] - c.dilation[u] * (c.kernel[u] - 1) - 1;
+      c.sizes[2 + u] = room < 0 ? 0 : room / c.stride[u] + 1;
+    }
+    if (!c.sizes[2] || !c.sizes[3]) continue;
+    const int64_t taps = c.kernel[0] * c.kernel[1], plane = c.sizes[0] * c.sizes[1];
+    std::vector<float> weight(static_cast<size_t>(c.n_out * taps));
+    std::vector<float> bias(static_cast<size_t>(c.n_out));
+    std::vector<float> x(static_cast<size_t>(c.batch * c.channels * plane));
+    for (std::vector<float>* all : {&weight, &bias, &x}) {
+      for (float& a : *all) a = static_cast<float>(below(7)) - 3;  // so that sums are exact
+    }
+    std::vector<float> y(static_cast<size_t>(c.batch * c.n_out * c.sizes[2] * c.sizes[3]));
+    c.weight = weight.data(), c.x = x.data(), c.y = y.data();
+    c.bias = n % 3 ? bias.data() : nullptr;
+    if (lego_depthwise(&c)) std::exit(6);
+    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); i++) {
+      const int64_t at[2] = {i / c.sizes[3] % c.sizes[2], i % c.sizes[3]};
+      const int64_t out = i / (c.sizes[2] * c.sizes[3]), channel = out % c.n_out;
+      const int64_t in = out / c.n_out * c.channels + channel / (c.n_out / c.channels);
+      float expected = c.bias ? c.bias[channel] : 0;
+      for (int64_t k = 0; k < taps; k++) {
+        const int64_t h = at[0] * c.stride[0] - c.pad[0] + k / c.kernel[1] * c.dilation[0];
+        const int64_t w = at[1] * c.stride[1] - c.pad[1] + k % c.kernel[1] * c.dilation[1];
+        if (h < 0 || w < 0 || h >= c.sizes[0] || w >= c.sizes[1]) continue;
+        expected += weight[static_cast<size_t>(channel * taps + k)] *
+                    x[static_cast<size_t>(in * plane + h * c.sizes[1] + w)];
+      }
+      if (c.activation) expected = std::fmax(expected, 0.0f);
+      if (y[static_cast<size_t>(i)] != expected) {
+        std::printf("depthwise %d: %g, not %g\n", n, y[static_cast<size_t>(i)], expected);
+        std::exit(6);
+      }
+    }
+    n++;
+  }
+  return n;
 }
 
 // Poolings and means of all kinds against plain loops; returns how many, or exits.
@@ -206,7 +265,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  if (pool_cases() != 300 + 69 || linear_cases() != 200) return 4;
+  if (pool_cases() != 300 + 69 || linear_cases() != 200 || depthwise_cases() != 300) return 4;
   std::printf("%s: %lld calls, worst error %.1e\n", lego_isa(), static_cast<long long>(n_cases),
               worst);
   return 0;

@@ -20,6 +20,7 @@ from tests.kernel_cases import (
     case,
     compiled,
     random_case,
+    random_grouped_case,
     random_winograd_case,
 )
 
@@ -122,6 +123,7 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     rnd = random.Random(0)
     cases = [(random_case(rnd), "direct", 0) for _ in range(60)]
     cases += [(random_winograd_case(rnd), "winograd", 0) for _ in range(40)]
+    cases += [(random_grouped_case(rnd), "direct", 0) for _ in range(20)]
     for size in SIZES:
         cases.append((case(c=5, size=(2, *size)), "winograd", 0))
         for batch in (1, 3):

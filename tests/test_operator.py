@@ -26,6 +26,7 @@ from tests.kernel_cases import (
     close,
     compiled,
     random_case,
+    random_grouped_case,
     random_winograd_case,
 )
 
@@ -45,6 +46,15 @@ def test_random_units_equal_the_dense_conv(threads: int) -> None:
             assert y.is_contiguous(memory_format=layout)
     finally:
         torch.set_num_threads(1)
+
+
+@compiled
+@pytest.mark.parametrize("transform", ["direct", "winograd"])
+def test_random_units_of_groups_equal_the_dense_conv(transform: str) -> None:
+    rnd = random.Random(0)
+    for _ in range(40):
+        one = random_grouped_case(rnd)
+        assert close(one.run(transform), one.expected(), 1e-4), one
 
 
 @compiled

@@ -36,7 +36,9 @@ def test_an_index_out_of_range_is_refused() -> None:
 def test_units_that_do_not_fit_are_refused() -> None:
     one = case()
     grouped = UnitShape(8, 3, (3, 3), 2, 4, 1, 1)
-    assert not kernels.supports(grouped, (1, 1), (1, 1), (1, 1), "direct")
+    assert kernels.supports(grouped, (1, 1), (1, 1), (1, 1), "direct")
+    uneven = UnitShape(8, 3, (3, 3), 2, 4, 2, 1)  # fragments of 2 channels, of 3 in a group
+    assert not kernels.supports(uneven, (1, 1), (1, 1), (1, 1), "direct")
     assert not kernels.supports(one.shape, (1, 1), "same", (1, 1), "direct")
     assert kernels.supports(one.shape, (1, 1), (1, 1), (1, 1), "winograd")
     assert kernels.supports(one.shape, (2, 2), (1, 1), (1, 1), "winograd")
@@ -46,7 +48,7 @@ def test_units_that_do_not_fit_are_refused() -> None:
         shape = UnitShape(8, 6, kernel, 1, 4, 2, 1)
         assert not kernels.supports(shape, (stride, stride), (1, 1), (1, 1), "winograd")
     with pytest.raises(KernelError, match="groups=2"):
-        kernels.pack(grouped, one.lego_filters, one.index, None)
+        kernels.pack(uneven, torch.zeros(4, 2, 3, 3), one.index, None)
     with pytest.raises(KernelError, match="index is"):
         kernels.pack(one.shape, one.lego_filters, one.index[:, :4], None)
     with pytest.raises(KernelError, match="float32; index has integers"):

@@ -183,6 +183,11 @@ class ConvSite(nn.Module):
         self._filters = filters.detach().contiguous()
         self._bias = None if bias is None else bias.to(filters.dtype)
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether it is a dense layer whose output channels read one input channel each."""
+        return not self.is_lego and self.geometry.groups > 1 and self._shape.channels == 1
+
     def weight(self) -> Tensor:
         """The dense weight (n, c/g, kh, kw) with the norm folded in."""
         if not self.is_lego:
@@ -197,7 +202,8 @@ class ConvSite(nn.Module):
             found.append("onednn")
         if cpu and kernels.available():
             g = self.geometry
-            for route, transform in (("fused", "direct"), ("winograd", "winograd")):
+            forms = (("fused", "direct"), ("winograd", "winograd"))
+            for route, transform in forms[:1] if self.is_depthwise else forms:
                 if kernels.supports(self._shape, g.stride, g.padding, g.dilation, transform):
                     found.append(route)  # type: ignore[arg-type]
         if self.is_lego:
@@ -220,7 +226,9 @@ class ConvSite(nn.Module):
             "onednn": self._onednn,
             "reference": self._reference,
             "table": self._table,
-            "fused": lambda f, x: self._kernel(f, "direct"),
+            "fused": lambda f, x: (
+                self._depthwise(f) if self.is_depthwise else self._kernel(f, "direct")
+            ),
             "winograd": lambda f, x: self._kernel(f, "winograd"),
         }
         if (route, layout) not in self._runners:
@@ -333,6 +341,23 @@ class ConvSite(nn.Module):
                 shape, x, filters, *tables[batch], bias, g.stride, padding, g.dilation
             )
             return self._finish(y.contiguous(memory_format=memory), residual)
+
+        return run
+
+    def _depthwise(self, layout: Format) -> Runner:
+        g, bias, memory, activation = self.geometry, self._bias, LAYOUT[layout], self.activation
+        weight = self._filters
+
+        def run(x: Tensor, residual: Tensor | None, spare: bool = False) -> Tensor:
+            x, padding = g.place(x)
+            conv = (g.stride, padding, g.dilation)
+            if residual is None:
+                y = kernels.depthwise_conv2d(x.contiguous(), weight, bias, *conv, activation)
+            else:
+                y = self._finish(
+                    kernels.depthwise_conv2d(x.contiguous(), weight, bias, *conv), residual
+                )
+            return y.contiguous(memory_format=memory)
 
         return run
 

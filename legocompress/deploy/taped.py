@@ -87,7 +87,9 @@ def _on_tape(runner: fx.GraphModule, node: fx.Node) -> bool:
     layer = runner.get_submodule(str(node.target))
     if isinstance(layer, ConvSite):
         padded = layer.geometry.same or any(layer.geometry.pad)
-        return layer.route in ("fused", "winograd") and not padded
+        # PyTorch adds the residual of a depthwise conv, and no recording sees that.
+        summed = layer.is_depthwise and len(node.args) > 1
+        return layer.route in ("fused", "winograd") and not padded and not summed
     if isinstance(layer, PlainSite):
         return layer.route == "kernel"
     return type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)

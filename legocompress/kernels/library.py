@@ -22,12 +22,13 @@ _FAULTS = {
     4: "there is not enough memory for the kernel's buffers",
     5: "no kernel runs on this CPU",
 }
-# LegoCall, PoolCall, MeansCall, LinearCall and RunCall there: so many fields, each of 8 bytes.
+# The structs of those functions there: so many fields, each of 8 bytes.
 _ARGUMENTS = {
     "lego_conv2d": struct.Struct("=21q"),
     "lego_max_pool2d": struct.Struct("=16q"),
     "lego_means": struct.Struct("=5q"),
     "lego_linear": struct.Struct("=9q"),
+    "lego_depthwise": struct.Struct("=21q"),
     "lego_run": struct.Struct("=2q"),
 }
 Note = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from legocompress.kernels.library import call
 ACTIVATIONS = ("none", "relu", "relu6", "silu")
 
 # Typed as Any: its methods carry no annotations.
-_LIBRARY: Any = torch.library.Library("legocompress", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(
+LIBRARY: Any = torch.library.Library("legocompress", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(
     "lego_conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[2] stride, "
     "int[2] padding, int[2] dilation, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.define(
+LIBRARY.define(
     "lego_conv2d_table(Tensor x, Tensor lego_filters, Tensor index, Tensor? coefficients, "
     "Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -40,17 +40,18 @@ def activation_code(activation: str) -> int:
     return ACTIVATIONS.index(activation)
 
 
-def _output_sizes(
+def output_sizes(
     x: Sequence[Any],
-    packed: Sequence[Any],
+    weight: Sequence[Any],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Any, Any, Any, Any]:
-    n_out, _, kh, kw, _ = packed
+    """Sizes (N, n, H', W') of a conv's output, by those of x and of a weight (n, _, kh, kw)."""
+    kh, kw = weight[2:4]
     height = (x[2] + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     width = (x[3] + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
-    return x[0], n_out, height, width
+    return x[0], weight[0], height, width
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -70,7 +71,7 @@ def _geometry(
     """Sizes of the output, and the part of the arguments that depends on sizes alone."""
     if len(x) != 4 or len(packed) != 5:
         raise KernelError(f"x is {x}; the fused kernel wants (B, c, H, W)")
-    sizes = _output_sizes(x, packed, stride, padding, dilation)
+    sizes = output_sizes(x, packed, stride, padding, dilation)
     if min(sizes[2:]) < 1:
         raise KernelError(f"an input of {x} leaves no output pixel")
     return sizes, (x[0], x[2], x[3], *sizes[2:], *stride, *padding, *dilation)
@@ -127,6 +128,21 @@ def _run(
     return y
 
 
+def on_plain_tensors(x: Tensor) -> bool:
+    """Whether an operator may run past PyTorch's dispatcher, which would only pass the call on.
+
+    The dispatcher costs a Python operator some 20 to 40 microseconds a call. It is kept for
+    gradients, tracing, compilation, modes and subclasses of Tensor.
+    """
+    return not (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def lego_conv2d(
     x: Tensor,
     packed: Tensor,
@@ -138,10 +154,7 @@ def lego_conv2d(
     activation: str,
     overwrite: bool = False,
 ) -> Tensor:
-    """Call the operator of this name, past PyTorch's dispatcher where that would only pass it on.
-
-    The dispatcher costs a Python operator some 20 to 40 microseconds a call. It is kept for
-    gradients, tracing, compilation, modes and subclasses of Tensor.
+    """Call the operator of this name, past PyTorch's dispatcher where it may.
 
     Args:
         x: (B, c, H, W) float32, contiguous or channels last; the output has the same format.
@@ -158,13 +171,7 @@ def lego_conv2d(
     Raises:
         KernelError: tensors of another dtype, device or size, or a packed buffer that is damaged.
     """
-    if (
-        type(x) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch._C._len_torch_dispatch_stack()
-    ):
+    if not on_plain_tensors(x):
         return torch.ops.legocompress.lego_conv2d(  # type: ignore[no-any-return]
             x, packed, bias, residual, stride, padding, dilation, activation
         )
@@ -181,13 +188,14 @@ def _lego_conv2d_fake(
     dilation: Sequence[int],
     activation: str,
 ) -> Tensor:
-    sizes = _output_sizes(x.shape, packed.shape, stride, padding, dilation)
+    sizes = output_sizes(x.shape, packed.shape, stride, padding, dilation)
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
-def _refuse_gradient(ctx: Any, *gradients: Any) -> Any:
+def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
+    """The kernels' backward pass."""
     raise KernelError(
-        "the fused kernel has no gradient, since its packed filters cannot learn; train with the "
+        "the compiled kernels have no gradient, since packed filters cannot learn; train with the "
         "route 'assemble'"
     )
 
@@ -231,10 +239,10 @@ def _lego_conv2d_table(
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
 
-_LIBRARY.impl("lego_conv2d", _run, "CPU")
-_LIBRARY.impl("lego_conv2d_table", _lego_conv2d_table, "CompositeImplicitAutograd")
-torch.library.register_fake("legocompress::lego_conv2d", _lego_conv2d_fake, lib=_LIBRARY)
-torch.library.register_autograd("legocompress::lego_conv2d", _refuse_gradient, lib=_LIBRARY)
+LIBRARY.impl("lego_conv2d", _run, "CPU")
+LIBRARY.impl("lego_conv2d_table", _lego_conv2d_table, "CompositeImplicitAutograd")
+torch.library.register_fake("legocompress::lego_conv2d", _lego_conv2d_fake, lib=LIBRARY)
+torch.library.register_autograd("legocompress::lego_conv2d", refuse_gradient, lib=LIBRARY)
 
 
 def lego_conv2d_macs(inputs: list[Any], outputs: list[Any]) -> int:
@@ -246,8 +254,3 @@ def lego_conv2d_macs(inputs: list[Any], outputs: list[Any]) -> int:
     n_out, n_sum, kh, kw, row_bytes = inputs[1].type().sizes()
     values = (n_out * n_sum * kh * kw * row_bytes - 256) // 4 - 2 * n_out * n_sum
     return int((values + n_out * n_sum) * sizes[0] * sizes[2] * sizes[3])
-
-
-FVCORE_HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
-    "legocompress::lego_conv2d": lego_conv2d_macs
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,11 +38,14 @@ def supports(
     dilation: Sequence[int],
     transform: str = "direct",
 ) -> bool:
-    """Whether the fused kernel can run a unit: no groups, padding in numbers of pixels.
+    """Whether the fused kernel can run a unit: padding in numbers of pixels, and groups whose
+    channels are whole fragments.
 
     'winograd' wants a square kernel with dilation 1: of 2 to 4 at stride 1, of 3 to 8 at stride 2.
     """
-    if transform not in TRANSFORMS or isinstance(padding, str) or shape.groups != 1:
+    if transform not in TRANSFORMS or isinstance(padding, str):
+        return False
+    if shape.groups > 1 and shape.n_split * shape.width != shape.channels:
         return False
     if shape.kernel[0] * shape.kernel[1] > MAX_TAPS:
         return False
@@ -86,9 +90,11 @@ def pack(
     slots = index.detach().to("cpu", torch.int64)
     rows = torch.empty(shape.n_out, shape.n_split, shape.n_terms, dtype=torch.int32)
     split_rows, filters, base = [], [], 0
-    for i in range(shape.n_split):
-        used, position = torch.unique(slots[i], return_inverse=True)
-        rows[:, i] = (position + base).to(torch.int32)
+    members = torch.arange(shape.n_out).chunk(shape.groups)
+    # To the kernel a split of a group is a split like any other, which the others' rows leave out.
+    for group, i in itertools.product(members, range(shape.n_split)):
+        used, position = torch.unique(slots[i, group], return_inverse=True)
+        rows[group, i] = (position + base).to(torch.int32)
         base += used.numel()
         split_rows.append(used.numel())
         channels = max(0, min(shape.width, shape.channels - i * shape.width))
@@ -115,8 +121,8 @@ def pack(
     row_bytes = -(-end // (shape.n_out * n_sum * kh * kw))
     total = row_bytes * shape.n_out * n_sum * kh * kw
     head = [
-        _MAGIC, _VERSION, total, shape.n_out, shape.channels, shape.width, kh, kw, shape.n_split,
-        n_sum, stride if winograd else 0, base, *places,
+        _MAGIC, _VERSION, total, shape.n_out, shape.groups * shape.channels, shape.width, kh, kw,
+        shape.groups * shape.n_split, n_sum, stride if winograd else 0, base, *places,
     ]  # fmt: skip
     packed = torch.zeros(total, dtype=torch.uint8)
     packed[:_HEAD_BYTES] = _bytes(torch.tensor(head, dtype=torch.int64))
@@ -174,8 +180,9 @@ def _check(
         )
     if not supports(shape, (stride, stride), (0, 0), (1, 1), transform):
         raise KernelError(
-            f"the fused kernel has no {transform!r} form of a unit with groups={shape.groups}, "
-            f"kernel {shape.kernel} and stride {stride}; use another route"
+            f"the fused kernel has no {transform!r} form of a unit with kernel {shape.kernel}, "
+            f"stride {stride}, groups={shape.groups} and {shape.n_split} splits of the "
+            f"{shape.channels} channels of a group; use another route"
         )
     wanted = {
         "lego_filters": (lego_filters, (shape.n_lego, shape.width, *shape.kernel)),

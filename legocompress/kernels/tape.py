@@ -21,7 +21,9 @@ from legocompress.errors import KernelError
 from legocompress.kernels.library import LISTENER, call
 
 # In the order of their numbers in lego_run: how many tensors come first that no call changes.
-CONSTANTS = {"lego_conv2d": 2, "lego_max_pool2d": 0, "lego_means": 0, "lego_linear": 2}
+CONSTANTS = {
+    "lego_conv2d": 2, "lego_max_pool2d": 0, "lego_means": 0, "lego_linear": 2, "lego_depthwise": 2,
+}  # fmt: skip
 LINE = 64  # bytes
 
 

@@ -326,6 +326,29 @@ void run_linear(void* context) {
   }
 }
 
+constexpr int64_t kPlanes = 4;  // of a depthwise conv, dealt out together
+
+struct DepthwiseJob {
+  const Depthwise* conv;
+  const Kernel* kernel;
+  Deal items;
+  std::atomic<bool> failed{false};
+};
+
+void run_depthwise(void* context) {
+  DepthwiseJob& job = *static_cast<DepthwiseJob*>(context);
+  const Depthwise& d = *job.conv;
+  float* scratch = t_scratch.floats(job.kernel->depthwise_floats(d));
+  if (!scratch) {
+    job.failed = true;
+    return;
+  }
+  for (int64_t item; (item = job.items.take()) >= 0;) {
+    const int64_t first = kPlanes * item;
+    job.kernel->depthwise(d, first, std::min(first + kPlanes, d.batch * d.n_out), scratch);
+  }
+}
+
 int64_t out_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
   const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
   return room < 0 ? -1 : room / stride + 1;
@@ -489,6 +512,46 @@ EXPORT int64_t lego_linear(const LinearCall* c) {
   return kDone;
 }
 
+struct DepthwiseCall {
+  const float *weight, *bias, *x;
+  float* y;
+  int64_t batch, channels, n_out, height, width, out_h, out_w, kernel_h, kernel_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t activation, threads;
+};
+
+// A depthwise conv. The caller vouches for the sizes of all tensors; returns a Status.
+EXPORT int64_t lego_depthwise(const DepthwiseCall* c) {
+  using namespace lego;
+  const Kernel* k = kernel();
+  if (!k) return kNoKernel;
+  for (int64_t size : {c->batch, c->channels, c->n_out, c->height, c->width, c->out_h, c->out_w,
+                       c->kernel_h, c->kernel_w, c->stride_h, c->stride_w, c->dilation_h,
+                       c->dilation_w, c->threads}) {
+    if (size < 1 || size > INT32_MAX) return kBadCall;
+  }
+  if (c->pad_h < 0 || c->pad_w < 0 || c->pad_h > INT32_MAX || c->pad_w > INT32_MAX ||
+      c->n_out % c->channels || multiply(c->kernel_h, c->kernel_w) > kMaxTaps ||
+      multiply(c->height + 2 * c->pad_h, c->width + 2 * c->pad_w) > int64_t{1} << 40 ||
+      c->activation < kNone || c->activation > kSilu ||
+      c->out_h != out_size(c->height, c->pad_h, c->dilation_h, c->kernel_h, c->stride_h) ||
+      c->out_w != out_size(c->width, c->pad_w, c->dilation_w, c->kernel_w, c->stride_w)) {
+    return kBadCall;
+  }
+  const Depthwise d{c->weight,   c->bias,     c->x,        c->y,        c->batch,      c->channels,
+                    c->n_out,    c->height,   c->width,    c->out_h,    c->out_w,      c->kernel_h,
+                    c->kernel_w, c->stride_h, c->stride_w, c->pad_h,    c->pad_w,      c->dilation_h,
+                    c->dilation_w, static_cast<Activation>(c->activation)};
+  const int64_t items = (d.batch * d.n_out + kPlanes - 1) / kPlanes;
+  const int threads = static_cast<int>(std::min(c->threads, items));
+  DepthwiseJob job;
+  job.conv = &d;
+  job.kernel = k;
+  job.items.start(items, threads);
+  on_threads(threads, run_depthwise, &job);
+  return job.failed ? kNoMemory : kDone;
+}
+
 struct RunCall {
   const int64_t* code;
   int64_t words;
@@ -499,14 +562,15 @@ struct RunCall {
 EXPORT int64_t lego_run(const RunCall* c) {
   using namespace lego;
   constexpr int64_t kWords[] = {sizeof(LegoCall) / 8, sizeof(PoolCall) / 8, sizeof(MeansCall) / 8,
-                                sizeof(LinearCall) / 8};
+                                sizeof(LinearCall) / 8, sizeof(DepthwiseCall) / 8};
   for (const int64_t *at = c->code, *end = at + c->words; at < end;) {
     const int64_t function = *at++;
-    if (function < 0 || function > 3 || kWords[function] > end - at) return kBadCall;
+    if (function < 0 || function > 4 || kWords[function] > end - at) return kBadCall;
     const int64_t status = function == 0   ? lego_conv2d(reinterpret_cast<const LegoCall*>(at))
                            : function == 1 ? lego_max_pool2d(reinterpret_cast<const PoolCall*>(at))
                            : function == 2 ? lego_means(reinterpret_cast<const MeansCall*>(at))
-                                           : lego_linear(reinterpret_cast<const LinearCall*>(at));
+                           : function == 3 ? lego_linear(reinterpret_cast<const LinearCall*>(at))
+                                           : lego_depthwise(reinterpret_cast<const DepthwiseCall*>(at));
     if (status != kDone) return status;
     at += kWords[function];
   }

@@ -12,6 +12,7 @@ namespace {
 #include "winograd.h"
 #include "pool.h"
 #include "linear.h"
+#include "depthwise.h"
 
 void plan(Conv& v, int threads) {
   v.head->winograd_stride ? plan_winograd(v, threads) : plan_direct(v, threads);
@@ -38,6 +39,7 @@ void merge(const Conv& v, int64_t tile, int64_t first, int64_t last, const float
 
 const Kernel kKernel = {LEGO_NAME, LEGO_LANES, LEGO_LANES * LEGO_VECTORS,
                         plan,      transform,  merge,
-                        max_pool,  means,     linear};
+                        max_pool,  means,      linear,
+                        depthwise_floats,      depthwise};
 }  // namespace LEGO_ISA
 }  // namespace lego

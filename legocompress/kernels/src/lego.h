@@ -71,6 +71,16 @@ struct Pool {
 };
 constexpr int64_t kMaxPool = 32;  // kernel height and width
 
+// One depthwise conv of NCHW maps, checked.
+struct Depthwise {
+  const float *weight, *bias, *x;  // (n_out, kernel_h, kernel_w), (n_out) or null
+  float* y;
+  int64_t batch, channels, n_out;  // n_out is a multiple of channels
+  int64_t height, width, out_h, out_w, kernel_h, kernel_w;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  Activation activation;
+};
+
 // One linear layer on `batch` inputs, checked.
 struct Linear {
   const float *weight, *bias, *x;  // (n_out, channels), (n_out) or null, (batch, channels)
@@ -95,6 +105,9 @@ struct Kernel {
                    int64_t last_row, float* row);
   void (*means)(const float* x, int64_t size, int64_t first, int64_t last, float* y);
   void (*linear)(const Linear&, int64_t first, int64_t last);
+  int64_t (*depthwise_floats)(const Depthwise&);  // of scratch
+  // Output planes [first, last) of all images.
+  void (*depthwise)(const Depthwise&, int64_t first, int64_t last, float* scratch);
 };
 
 // Null where this build has no code for it.

@@ -1,0 +1,117 @@
+"""Depthwise convs by the compiled kernels: the operator legocompress::depthwise_conv2d."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from legocompress.errors import KernelError
+from legocompress.kernels.library import call
+from legocompress.kernels.operator import (
+    LIBRARY,
+    activation_code,
+    on_plain_tensors,
+    output_sizes,
+    refuse_gradient,
+)
+from legocompress.kernels.pack import MAX_TAPS
+
+LIBRARY.define(
+    "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, str activation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    for tensor, n_axes in ((x, 4), (weight, 4), (bias, 1)):
+        if tensor is not None and (
+            tensor.dtype != torch.float32
+            or tensor.is_cuda
+            or tensor.dim() != n_axes
+            or not tensor.is_contiguous()
+        ):
+            raise KernelError(
+                "the depthwise kernel runs contiguous float32 maps (N, c, H, W) on the CPU"
+            )
+    n, one, kh, kw = weight.shape
+    c = x.shape[1]
+    if one != 1 or c < 1 or n % c or kh * kw > MAX_TAPS or (bias is not None and len(bias) != n):
+        raise KernelError(
+            f"a weight {tuple(weight.shape)} is no depthwise conv of {c} channels with at most "
+            f"{MAX_TAPS} taps, or its biases are not {n}"
+        )
+    sizes = output_sizes(x.shape, weight.shape, stride, padding, dilation)
+    if min(sizes[2:]) < 1:
+        raise KernelError(f"an input of {tuple(x.shape)} leaves no output pixel")
+    y = torch.empty(sizes, dtype=torch.float32)
+    if y.numel():
+        numbers = (x.shape[0], c, n, *x.shape[2:], *sizes[2:], kh, kw)
+        rest = (*stride, *padding, *dilation, activation_code(activation), torch.get_num_threads())
+        call("lego_depthwise", (weight, bias, x, y), *numbers, *rest)
+    return y
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
+) -> Tensor:
+    """A conv whose output channels read one input channel each, and an activation.
+
+    Args:
+        x: (N, c, H, W).
+        weight: (n, 1, kh, kw), n a multiple of c: n / c output channels for each channel.
+        bias: (n,) or None.
+        stride: of the conv, two numbers.
+        padding: of the conv, two numbers of zero pixels.
+        dilation: of the conv, two numbers.
+        activation: 'none', 'relu', 'relu6' or 'silu'.
+
+    Returns:
+        (N, n, H', W'). All are contiguous float32 on the CPU.
+
+    Raises:
+        KernelError: other tensors or sizes, no compiled kernels, or a backward pass.
+    """
+    run = _run if on_plain_tensors(x) else torch.ops.legocompress.depthwise_conv2d
+    return run(x, weight, bias, stride, padding, dilation, activation)  # type: ignore[no-any-return]
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    return x.new_empty(output_sizes(x.shape, weight.shape, stride, padding, dilation))
+
+
+LIBRARY.impl("depthwise_conv2d", _run, "CPU")
+torch.library.register_fake("legocompress::depthwise_conv2d", _fake, lib=LIBRARY)
+torch.library.register_autograd("legocompress::depthwise_conv2d", refuse_gradient, lib=LIBRARY)
+
+
+def depthwise_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count for fvcore: one MAC a tap, for each output pixel."""
+    n, _, kh, kw = inputs[1].type().sizes()
+    batch, _, height, width = outputs[0].type().sizes()
+    return int(batch * n * height * width * kh * kw)

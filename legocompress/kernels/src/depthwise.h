@@ -1,0 +1,129 @@
+// Depthwise convs of NCHW maps: every output channel reads one input channel, so nothing is shared and
+// nothing is merged. A band of output rows at a time, whose padded input stays in the first cache.
+
+// Output lanes at p, p + step, ..., for a stride of 1, 2 or more columns.
+INLINE V load_strided(const float* p, int64_t step) {
+  if (step == 1) return load(p);
+  if (step == 2) return even_lanes(load(p), load(p + kLanes));
+  V a;
+  UNROLL for (int u = 0; u < kLanes; u++) a[u] = p[u * step];
+  return a;
+}
+
+INLINE V activated_as(Activation a, V v) {
+  switch (a) {
+    case kRelu: return activated<kRelu>(v);
+    case kRelu6: return activated<kRelu6>(v);
+    case kSilu: return activated<kSilu>(v);
+    default: return v;
+  }
+}
+
+constexpr int64_t kBandFloats = 6 * 1024;  // of padded input
+constexpr int kRowsAtOnce = 4;             // of output, which share what they read
+
+struct Band {
+  int64_t rows, pitch;  // of output; floats of a padded input row
+  INLINE explicit Band(const Depthwise& d) {
+    pitch = (d.out_w - 1) * d.stride_w + (d.kernel_w - 1) * d.dilation_w + 1;
+    rows = (kBandFloats / pitch - input_rows(d, 1)) / d.stride_h + 1;
+    rows = least(d.out_h, most(kRowsAtOnce, rows));
+  }
+  INLINE int64_t input_rows(const Depthwise& d, int64_t out_rows) const {
+    return (out_rows - 1) * d.stride_h + (d.kernel_h - 1) * d.dilation_h + 1;
+  }
+};
+
+int64_t depthwise_floats(const Depthwise& d) {
+  const Band b(d);
+  // With what the last vectors read past the end.
+  return b.input_rows(d, b.rows) * b.pitch + (kLanes + 1) * (d.stride_w + 1);
+}
+
+// `count` floats of an output row, with `room` of them to the end of the plane. What a vector writes
+// past its row is written again by the next row.
+INLINE void store_row(float* y, V v, int64_t count, int64_t room) {
+  if (room >= kLanes) return store(y, v);
+  float lanes[kLanes];
+  store(lanes, v);
+  copy(y, lanes, count);
+}
+
+// ROWS output rows of a K x K kernel, or one of any kernel where K is 0.
+template <int K, int S, int ROWS>
+INLINE void depthwise_rows(const Depthwise& d, const Band& b, const float* weight, float bias,
+                           const float* in, float* y, int64_t room) {
+  for (int64_t i0 = 0; i0 < d.out_w; i0 += kLanes) {
+    // The last vector of a long row overlaps the one before.
+    const int64_t i = d.out_w - i0 < kLanes && d.out_w >= kLanes ? d.out_w - kLanes : i0;
+    V s[ROWS];
+    UNROLL for (int r = 0; r < ROWS; r++) s[r] = splat(bias);
+    if constexpr (K > 0) {
+      UNROLL for (int h = 0; h < (ROWS - 1) * S + K; h++) {
+        UNROLL for (int w = 0; w < K; w++) {
+          const V v = load_strided(in + h * b.pitch + i * S + w, S);
+          UNROLL for (int r = 0; r < ROWS; r++) {
+            if (h >= r * S && h < r * S + K) s[r] += weight[(h - r * S) * K + w] * v;
+          }
+        }
+      }
+    } else {
+      for (int64_t h = 0; h < d.kernel_h; h++) {
+        const float* p = in + h * d.dilation_h * b.pitch + i * d.stride_w;
+        for (int64_t w = 0; w < d.kernel_w; w++) {
+          s[0] += weight[h * d.kernel_w + w] * load_strided(p + w * d.dilation_w, d.stride_w);
+        }
+      }
+    }
+    UNROLL for (int r = 0; r < ROWS; r++) {
+      const int64_t at = r * d.out_w + i;
+      store_row(y + at, activated_as(d.activation, s[r]), least(kLanes, d.out_w - i), room - at);
+    }
+  }
+}
+
+template <int K, int S>
+void depthwise_planes(const Depthwise& d, int64_t first, int64_t last, float* scratch) {
+  constexpr int kRows = K ? kRowsAtOnce : 1;
+  const Band b(d);
+  const Span span(-d.pad_w, 1, b.pitch, d.width);
+  for (int64_t plane = first; plane < last; plane++) {
+    const int64_t channel = plane % d.n_out, image = plane / d.n_out;
+    const int64_t from = image * d.channels + channel / (d.n_out / d.channels);
+    const float* x = d.x + from * d.height * d.width;
+    const float* weight = d.weight + channel * d.kernel_h * d.kernel_w;
+    const float bias = d.bias ? d.bias[channel] : 0.0f;
+    for (int64_t done = 0; done < d.out_h; done += b.rows) {
+      // The last band, and the last rows of a band, overlap those before.
+      const int64_t row0 = least(done, d.out_h - b.rows);
+      for (int64_t r = 0; r < b.input_rows(d, b.rows); r++) {
+        const int64_t y = row0 * d.stride_h - d.pad_h + r;
+        float* to = scratch + r * b.pitch;
+        if (y >= 0 && y < d.height) {
+          copy_row(to, x + y * d.width, span);
+        } else {
+          for (int64_t i = 0; i < b.pitch; i++) to[i] = 0;
+        }
+      }
+      for (int64_t r0 = 0; r0 < b.rows; r0 += kRows) {
+        const int64_t r = least(r0, b.rows - kRows), row = row0 + r;
+        depthwise_rows<K, S, kRows>(d, b, weight, bias, scratch + r * d.stride_h * b.pitch,
+                                    d.y + (plane * d.out_h + row) * d.out_w,
+                                    (d.out_h - row) * d.out_w);
+      }
+    }
+  }
+}
+
+void depthwise(const Depthwise& d, int64_t first, int64_t last, float* scratch) {
+  const int64_t k = d.kernel_h, s = d.stride_h;
+  const bool plain = d.dilation_h == 1 && d.dilation_w == 1 && d.kernel_w == k && d.stride_w == s;
+  if (plain && d.out_h >= kRowsAtOnce) {
+    if (k == 3 && s == 1) return depthwise_planes<3, 1>(d, first, last, scratch);
+    if (k == 3 && s == 2) return depthwise_planes<3, 2>(d, first, last, scratch);
+    if (k == 5 && s == 1) return depthwise_planes<5, 1>(d, first, last, scratch);
+    if (k == 5 && s == 2) return depthwise_planes<5, 2>(d, first, last, scratch);
+    if (k == 7 && s == 1) return depthwise_planes<7, 1>(d, first, last, scratch);
+  }
+  depthwise_planes<0, 0>(d, first, last, scratch);
+}
