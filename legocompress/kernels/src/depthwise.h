@@ -19,15 +19,16 @@ INLINE V activated_as(Activation a, V v) {
   }
 }
 
-constexpr int64_t kBandFloats = 6 * 1024;  // of padded input
+constexpr int64_t kBandFloats = 4 * 1024;  // of padded input
 constexpr int kRowsAtOnce = 4;             // of output, which share what they read
 
 struct Band {
   int64_t rows, pitch;  // of output; floats of a padded input row
   INLINE explicit Band(const Depthwise& d) {
     pitch = (d.out_w - 1) * d.stride_w + (d.kernel_w - 1) * d.dilation_w + 1;
-    rows = (kBandFloats / pitch - input_rows(d, 1)) / d.stride_h + 1;
-    rows = least(d.out_h, most(kRowsAtOnce, rows));
+    const int64_t room = most(kRowsAtOnce, (kBandFloats / pitch - input_rows(d, 1)) / d.stride_h + 1);
+    const int64_t even = ceil_div(d.out_h, ceil_div(d.out_h, room));
+    rows = least(d.out_h, round_up(even, kRowsAtOnce));
   }
   INLINE int64_t input_rows(const Depthwise& d, int64_t out_rows) const {
     return (out_rows - 1) * d.stride_h + (d.kernel_h - 1) * d.dilation_h + 1;
@@ -53,6 +54,10 @@ INLINE void store_row(float* y, V v, int64_t count, int64_t room) {
 template <int K, int S, int ROWS>
 INLINE void depthwise_rows(const Depthwise& d, const Band& b, const float* weight, float bias,
                            const float* in, float* y, int64_t room) {
+  V kept[9];  // the weights of a 3 x 3 kernel, which fit into registers
+  if constexpr (K == 3) {
+    UNROLL for (int t = 0; t < 9; t++) kept[t] = splat(weight[t]);
+  }
   for (int64_t i0 = 0; i0 < d.out_w; i0 += kLanes) {
     // The last vector of a long row overlaps the one before.
     const int64_t i = d.out_w - i0 < kLanes && d.out_w >= kLanes ? d.out_w - kLanes : i0;
@@ -61,9 +66,14 @@ INLINE void depthwise_rows(const Depthwise& d, const Band& b, const float* weigh
     if constexpr (K > 0) {
       UNROLL for (int h = 0; h < (ROWS - 1) * S + K; h++) {
         UNROLL for (int w = 0; w < K; w++) {
-          const V v = load_strided(in + h * b.pitch + i * S + w, S);
+          const float* p = in + h * b.pitch + i * S + w;
+          // Of stride 2, an odd column stands between the even ones that were read before it.
+          const V v = S == 1 ? load(p) : w % 2 ? odd_lanes(load(p - 1), load(p - 1 + kLanes))
+                                               : even_lanes(load(p), load(p + kLanes));
           UNROLL for (int r = 0; r < ROWS; r++) {
-            if (h >= r * S && h < r * S + K) s[r] += weight[(h - r * S) * K + w] * v;
+            const int tap = (h - r * S) * K + w;
+            if (h < r * S || h >= r * S + K) continue;
+            s[r] += (K == 3 ? kept[tap] : splat(weight[tap])) * v;
           }
         }
       }
