@@ -31,7 +31,7 @@ from legocompress.benchmark.rivals import AGAINST, Form
 from legocompress.deploy.graph import trace
 from legocompress.deploy.site import ConvSite
 
-NETWORKS = ("resnet50", "vgg16_bn")
+NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2")
 SETTINGS = {"m0.5-o2": (0.5, 2, 1), "m0.25-o4": (0.25, 4, 1),
             "m0.5-o2-k4": (0.5, 2, 4), "m0.25-o4-k4": (0.25, 4, 4)}  # fmt: skip
 
