@@ -14,7 +14,7 @@ from torch import Tensor
 
 from legocompress.errors import KernelError
 
-# The status codes of lego_conv2d in src/driver.cpp.
+# The status codes in src/calls.h.
 _FAULTS = {
     1: "the packed buffer is damaged or was made by another version; pack the unit again",
     2: "the packed buffer names a row that it does not have; pack the unit again",
@@ -89,7 +89,7 @@ def isa() -> str:
 
 
 def call(function: str, tensors: Sequence[Tensor | None], *numbers: int) -> None:
-    """Run a function of src/driver.cpp on the fields of its struct, in order.
+    """Run a function of src/calls.h on the fields of its struct, in order.
 
     Args:
         function: its name.
