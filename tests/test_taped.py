@@ -109,3 +109,30 @@ def test_who_listens_to_operators_hears_them(listens: bool) -> None:
             found = model(X) if listens else expected
     assert torch.equal(found, expected)
     assert ("legocompress.lego_conv2d.default" in counted.heard) == listens
+
+
+class Inverted(nn.Module):
+    """An inverted residual, whose depthwise conv may have a residual sum of its own."""
+
+    def __init__(self, summed: bool) -> None:
+        super().__init__()
+        self.stem, self.summed = conv(3, 8), summed
+        self.wide, self.deep, self.narrow = conv(8, 24, 1), conv(24, 24, groups=24), conv(24, 8, 1)
+        self.end = conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        wide = nn.functional.relu6(self.wide(x))
+        deep = self.deep(wide) + wide if self.summed else nn.functional.relu6(self.deep(wide))
+        y: Tensor = self.end(self.narrow(deep) + x)
+        return y
+
+
+@compiled
+@pytest.mark.parametrize("summed", [False, True])
+def test_depthwise_convs_run_in_a_row_unless_pytorch_adds_to_them(summed: bool) -> None:
+    model = converted(Inverted(summed), X, min_params=0)
+    assert not isinstance(model.deep, lego.LegoModule)
+    runs = kernels_only(model)
+    counts = [sum(n.op == "call_module" for n in run.body.graph.nodes) for run in runs]
+    assert counts == ([2, 2] if summed else [5])
