@@ -166,7 +166,7 @@ def _winograd(model: nn.Module, x: Tensor) -> Form:
     deploy_(model, x, only=("onednn", "winograd"))
     deployment: Any = model.lego_deployment
     if "winograd" not in deployment.choices.routes.values():
-        raise _LeftOut("no layer of the network has a Winograd form")
+        raise _LeftOut("no layer of the network is fastest by Winograd")
     return lambda: model(x)
 
 

@@ -27,8 +27,8 @@ Status read_unit(const char* packed, int64_t bytes, Conv& v) {
   }
   const Header& h = *reinterpret_cast<const Header*>(packed);
   if (h.magic != kMagic || h.version != kVersion || h.bytes != bytes) return kBadHeader;
-  for (int64_t size : {h.n_out, h.channels, h.width, h.kernel_h, h.kernel_w, h.n_split, h.n_sum}) {
-    if (size < 1 || size > INT32_MAX) return kBadHeader;
+  if (!are_sizes({h.n_out, h.channels, h.width, h.kernel_h, h.kernel_w, h.n_split, h.n_sum})) {
+    return kBadHeader;
   }
   if (h.kernel_h * h.kernel_w > kMaxTaps || h.n_split > bytes) return kBadHeader;
   const int64_t side = winograd_side(h), stride = h.winograd_stride;
@@ -176,9 +176,9 @@ EXPORT int64_t lego_conv2d(const LegoCall* c) {
   const Status status = read_unit(c->packed, c->packed_bytes, v);
   if (status != kDone) return status;
   const Header& h = *v.head;
-  for (int64_t size : {c->batch, c->height, c->width, c->out_h, c->out_w, c->stride_h, c->stride_w,
-                       c->dilation_h, c->dilation_w, c->threads}) {
-    if (size < 1 || size > INT32_MAX) return kBadCall;
+  if (!are_sizes({c->batch, c->height, c->width, c->out_h, c->out_w, c->stride_h, c->stride_w,
+                  c->dilation_h, c->dilation_w, c->threads})) {
+    return kBadCall;
   }
   for (int64_t pad : {c->pad_h, c->pad_w}) {
     if (pad < 0 || pad > INT32_MAX) return kBadCall;

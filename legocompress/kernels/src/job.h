@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "calls.h"
 #include "lego.h"
@@ -70,6 +71,10 @@ class Deal {
 
 inline int64_t multiply(int64_t a, int64_t b) {  // saturating; both at least 0
   return b && a > INT64_MAX / 4 / b ? INT64_MAX / 4 : a * b;
+}
+
+inline bool are_sizes(std::initializer_list<int64_t> values) {
+  return std::all_of(values.begin(), values.end(), [](int64_t v) { return v >= 1 && v <= INT32_MAX; });
 }
 
 inline int64_t out_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {

@@ -90,9 +90,9 @@ EXPORT int64_t lego_max_pool2d(const PoolCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  for (int64_t size : {c->planes, c->height, c->width, c->out_h, c->out_w, c->kernel_h, c->kernel_w,
-                       c->stride_h, c->stride_w, c->dilation_h, c->dilation_w, c->threads}) {
-    if (size < 1 || size > INT32_MAX) return kBadCall;
+  if (!are_sizes({c->planes, c->height, c->width, c->out_h, c->out_w, c->kernel_h, c->kernel_w,
+                  c->stride_h, c->stride_w, c->dilation_h, c->dilation_w, c->threads})) {
+    return kBadCall;
   }
   if (c->kernel_h > kMaxPool || c->kernel_w > kMaxPool || c->pad_h < 0 || c->pad_w < 0 ||
       2 * c->pad_h > c->kernel_h || 2 * c->pad_w > c->kernel_w ||
@@ -123,8 +123,8 @@ EXPORT int64_t lego_means(const MeansCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  for (int64_t size : {c->planes, c->size, c->threads}) {
-    if (size < 1 || size > INT32_MAX) return kBadCall;
+  if (!are_sizes({c->planes, c->size, c->threads})) {
+    return kBadCall;
   }
   MeansJob job;
   job.x = c->x;
@@ -141,8 +141,8 @@ EXPORT int64_t lego_linear(const LinearCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  for (int64_t size : {c->batch, c->channels, c->n_out, c->threads}) {
-    if (size < 1 || size > INT32_MAX) return kBadCall;
+  if (!are_sizes({c->batch, c->channels, c->n_out, c->threads})) {
+    return kBadCall;
   }
   if (c->activation < kNone || c->activation > kSilu) return kBadCall;
   const Linear l{c->weight,   c->bias,  c->x, c->y, c->batch, c->channels, c->n_out,
@@ -162,10 +162,10 @@ EXPORT int64_t lego_depthwise(const DepthwiseCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  for (int64_t size : {c->batch, c->channels, c->n_out, c->height, c->width, c->out_h, c->out_w,
-                       c->kernel_h, c->kernel_w, c->stride_h, c->stride_w, c->dilation_h,
-                       c->dilation_w, c->threads}) {
-    if (size < 1 || size > INT32_MAX) return kBadCall;
+  if (!are_sizes({c->batch, c->channels, c->n_out, c->height, c->width, c->out_h, c->out_w,
+                  c->kernel_h, c->kernel_w, c->stride_h, c->stride_w, c->dilation_h,
+                  c->dilation_w, c->threads})) {
+    return kBadCall;
   }
   if (c->pad_h < 0 || c->pad_w < 0 || c->pad_h > INT32_MAX || c->pad_w > INT32_MAX ||
       c->n_out % c->channels || multiply(c->kernel_h, c->kernel_w) > kMaxTaps ||
