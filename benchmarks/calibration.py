@@ -107,14 +107,14 @@ def _runs(options: argparse.Namespace) -> Iterator[tuple[Row, Setting]]:
                 )
 
 
-def _calibrated(
-    task: fashion.Task, setting: Setting, seed: int, images: int, epochs: int, layers: bool
-) -> Row:
-    m, o, k = setting
+def _calibrated(task: fashion.Task, setting: Setting, key: Row, layers: bool) -> Row:
+    seed, images, epochs = key["seed"], key["images"], key["epochs"]
     chosen = task.images(images, seed)
     student = copy.deepcopy(task.network)
     clock = Clock()
-    lego.convert_(student, lego.plan(student, lego.LegoSpec(m=m, o=o, k=k)), seed)
+    m, o, k = setting
+    spec = fashion.sized(student, lego.LegoSpec(m=m, o=o, k=k), key["sized"])
+    lego.convert_(student, lego.plan(student, spec), seed)
     spent = clock.spent()
     clustered = task.accuracy(student)
     row: Row = {"dense": task.dense_accuracy, "clustered": clustered}
@@ -139,24 +139,29 @@ def _calibrated(
     }
 
 
-def _ours(results: Results, options: argparse.Namespace, task: Any, key: Row, at: Setting) -> Row:
-    def run() -> Row:
-        network = task(key["network"])
-        return _calibrated(network, at, key["seed"], options.images, options.epochs, options.layers)
-
-    return results.measure({"table": "fashion", **key}, run)
+def _ours(
+    results: Results, options: argparse.Namespace, task: Any, key: Row, at: Setting, sized: str
+) -> Row:
+    key = {**key, "sized": sized}
+    return results.measure(
+        {"table": "fashion", **key},
+        lambda: _calibrated(task(key["network"]), at, key, options.layers),
+    )
 
 
 def run_fashion(options: argparse.Namespace, results: Results) -> bool:
     """Measure what is asked for; whether the targets hold."""
     task = _tasks(options)
     for key, setting in _runs(options):
-        _ours(results, options, task, key, setting)
+        for sized in options.sized:
+            _ours(results, options, task, key, setting, sized)
     good = True
     print("\nAccuracy lost against dense, in points: mean (least to most over the seeds)")
     head = f"{'clustered':>24s} {'layers only':>24s} {'calibrated':>24s} {'target':>7s}"
-    print(f"{'network':8s} {'m, o, k':11s} {'seeds':>5s} {'dense':>6s} {head}  verdict")
-    for network, (m, o, k), rows in _groups(results, options):
+    print(
+        f"{'network':8s} {'m, o, k':11s} {'sized':7s} {'seeds':>5s} {'dense':>6s} {head}  verdict"
+    )
+    for network, (m, o, k), sized, rows in _groups(results, options, options.sized):
         lost = [r["dense"] - r["calibrated"] for r in rows]
         columns = [spread([r["dense"] - r["clustered"] for r in rows])]
         alone = [r["dense"] - r["layers_only"] for r in rows if "layers_only" in r]
@@ -169,8 +174,9 @@ def run_fashion(options: argparse.Namespace, results: Results) -> bool:
         threads = "/".join(str(t) for t in sorted({r["threads"] for r in rows}))
         limit = "holds" if slowest <= MOST_SECONDS else "MISSED"
         good &= missed <= 0 and slowest <= MOST_SECONDS
+        start = f"{network:8s} {f'{m}, {o}, {k}':11s} {sized:7s} {len(rows):5d}"
         print(
-            f"{network:8s} {f'{m}, {o}, {k}':11s} {len(rows):5d} {rows[0]['dense']:6.2f} "
+            f"{start} {rows[0]['dense']:6.2f} "
             f"{' '.join(f'{c:>24s}' for c in columns)} {target or 0:7.1f}  {told}; "
             f"time {limit}: at most {slowest:.0f} of {MOST_SECONDS:.0f} s, {threads} threads"
         )
@@ -178,22 +184,26 @@ def run_fashion(options: argparse.Namespace, results: Results) -> bool:
 
 
 def _groups(
-    results: Results, options: argparse.Namespace
-) -> Iterator[tuple[str, Setting, list[Row]]]:
-    """Rows of all seeds by network and setting."""
+    results: Results, options: argparse.Namespace, kinds: Sequence[str]
+) -> Iterator[tuple[str, Setting, str, list[Row]]]:
+    """Rows of all seeds by network, setting and how layers were sized."""
     for network in fashion.NETWORKS:
         common = {"network": network, "images": options.images, "epochs": options.epochs}
         for m, o, k in options.settings:
-            rows = results.select(table="fashion", m=m, o=o, k=k, **common)
-            if rows:
-                yield network, (m, o, k), rows
+            for sized in kinds:
+                rows = results.select(table="fashion", m=m, o=o, k=k, sized=sized, **common)
+                if rows:
+                    yield network, (m, o, k), sized, rows
 
 
 # ---------------------------------------------------------------------------------------- rivals
 
 
 def run_rivals(options: argparse.Namespace, results: Results) -> bool:
-    """Measure each rival at our bytes and at our MACs; whether we lead each at equal MACs."""
+    """Measure each rival at our bytes and at our MACs; whether we lead each at equal MACs.
+
+    Ours are one m and o for all layers, and those of each layer within the same bytes or MACs.
+    """
     for method in options.method:
         package = rivals.PACKAGES.get(method)
         if package and importlib.util.find_spec(package) is None:
@@ -203,10 +213,12 @@ def run_rivals(options: argparse.Namespace, results: Results) -> bool:
             )
     task = _tasks(options)
     for key, setting in _runs(options):
-        ours = _ours(results, options, task, key, setting)
+        uniform = _ours(results, options, task, key, setting, "uniform")
+        for kind in options.budget:
+            _ours(results, options, task, key, setting, kind)
         for method in options.method:
             for kind in ("none",) if method == "palette" else options.budget:
-                _rival(results, options, task, {**key, "method": method, "budget": kind}, ours)
+                _rival(results, options, task, {**key, "method": method, "budget": kind}, uniform)
     return _print_rivals(results, options)
 
 
@@ -239,10 +251,14 @@ def _print_rivals(results: Results, options: argparse.Namespace) -> bool:
     good = True
     print("\nAccuracy lost against dense, in points; size and MACs as multiples of ours")
     head = f"{'lost':>24s} {'ours lost':>24s} {'ahead by':>8s} {'bytes':>6s} {'MACs':>6s}"
-    print(f"{'network':8s} {'m, o, k':11s} {'equal':5s} {'rival':8s} {'seeds':>5s} {head}")
-    for network, (m, o, k), rows in _groups(results, options):
+    print(
+        f"{'network':8s} {'m, o, k':11s} {'ours':7s} {'equal':5s} {'rival':8s} {'seeds':>5s} {head}"
+    )
+    for network, (m, o, k), sized, rows in _groups(results, options, fashion.SIZED):
         ours = {row["seed"]: row for row in rows}
         for kind in ("bytes", "macs", "none"):
+            if sized not in ("uniform", kind):
+                continue
             for method in rivals.METHODS:
                 place: Row = {} if kind == "none" else {"m": m, "o": o, "k": k}
                 key = {"network": network, "method": method, "budget": kind, **place}
@@ -252,11 +268,13 @@ def _print_rivals(results: Results, options: argparse.Namespace) -> bool:
                     for row in results.select(table="rivals", **key, **same)
                     if row["seed"] in ours and row["rates"] == list(options.rates)
                 ]
-                start = f"{network:8s} {f'{m}, {o}, {k}':11s} {kind:5s} {method:8s} {len(found):5d}"
+                setting = f"{network:8s} {f'{m}, {o}, {k}':11s} {sized:7s}"
+                start = f"{setting} {kind:5s} {method:8s} {len(found):5d}"
                 if any("fault" in row for row in found):
                     print(f"{start} cannot: {found[0].get('fault', 'with some seed')}")
                 elif found:
-                    good &= _print_rival(start, found, ours) or kind != "macs"
+                    ahead = _print_rival(start, found, ours)
+                    good &= ahead or kind != "macs" or sized == "uniform"
     print("palette: 16 values a layer, whatever our size; no fewer MACs than dense at any size.")
     return good
 
@@ -375,6 +393,8 @@ def _parse() -> argparse.Namespace:
     small.add_argument("--images", type=int, default=2048, help="without labels")
     small.add_argument("--layers", action="store_true", help="also without tuning all together")
     commands.add_parser("fashion", parents=[small])
+    plain = commands.choices["fashion"]
+    plain.add_argument("--sized", nargs="+", choices=fashion.SIZED, default=["uniform"])
     others = commands.add_parser("rivals", parents=[small])
     others.add_argument("--method", nargs="+", choices=rivals.METHODS, default=rivals.METHODS)
     others.add_argument("--budget", nargs="+", choices=rivals.COSTS, default=list(rivals.COSTS))

@@ -1,4 +1,4 @@
-"""Fashion-MNIST for the calibration benchmark: images by seed, and two networks of unlike shape."""
+"""Fashion-MNIST for benchmarks: images by seed, two networks of unlike shape, sizes of layers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ import legocompress as lego
 
 SHIPPED = Path(lego.__file__).parent / "demo" / "fashion-resnet"
 NETWORKS = ("shipped", "vgg")
+SIZED = ("uniform", "bytes", "macs", "both")  # m and o as told, or by layer within those costs
 POOL = 0
 VGG = (16, POOL, 48, 48, POOL, 96, 96, POOL, 128, 128)  # output channels of each conv
 VGG_SIDE = 28
@@ -99,6 +100,19 @@ def load(name: str, data_dir: Path, cache: Path, epochs: int) -> Task:
         read_split(data_dir, "train")[0][:-N_VALIDATION],
         timm_inputs(network, images),
         torch.from_numpy(labels.astype(np.int64)),
+    )
+
+
+def sized(network: nn.Module, spec: lego.LegoSpec, kind: str) -> lego.LegoSpec:
+    """The spec as it is, or m and o by layer within what it costs, as `SIZED` tells."""
+    if kind == "uniform":
+        return spec
+    uniform = lego.plan(network, spec)
+    return lego.allocate(
+        network,
+        spec,
+        max_size=None if kind == "macs" else uniform.bits / uniform.dense_bits,
+        max_macs=None if kind == "bytes" else uniform.macs / uniform.dense_macs,
     )
 
 

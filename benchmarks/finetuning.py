@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import fashion
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -65,6 +66,9 @@ for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
         f"{size}": Row("calibrated", unit),
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
         f"{size} k=8": Row("calibrated", {**unit, "k": 8}),
+        f"{size} k=4, by layer": Row("calibrated", {**unit, "k": 4, "sized": "both"}),
+        f"{size} k=4, by layer, bytes": Row("calibrated", {**unit, "k": 4, "sized": "bytes"}),
+        f"{size} k=4, by layer, MACs": Row("calibrated", {**unit, "k": 4, "sized": "macs"}),
         f"{size} k=4 augmented": Row("calibrated", {**unit, "k": 4}, AUGMENTED),
         f"{size} AdamW": Row("calibrated", unit, ADAMW),
         f"{size} mixed": Row("calibrated", unit, MIXED),
@@ -94,7 +98,8 @@ def start_of(row: Row, data_dir: str, seed: int) -> nn.Module:
     model = dense()
     if row.start == "dense":
         return model
-    spec = lego.LegoSpec(**row.spec)
+    unit = {key: value for key, value in row.spec.items() if key != "sized"}
+    spec = fashion.sized(model, lego.LegoSpec(**unit), row.spec.get("sized", "uniform"))
     if row.start == "scratch":
         torch.manual_seed(seed)
         for module in model.modules():

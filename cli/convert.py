@@ -15,6 +15,7 @@ import legocompress as lego
 from legocompress.checkpoint import check_target
 from legocompress.errors import UsageError
 from legocompress.plan import Plan, plan
+from legocompress.spec import LegoSpec
 
 from . import calibrate, render
 from .options import (
@@ -24,6 +25,7 @@ from .options import (
     json_option,
     model_options,
     progress,
+    read_budget,
     read_create_args,
     read_device,
     read_spec,
@@ -71,13 +73,13 @@ def convert(
 
     MODEL is a name (resnet50, timm/NAME, torchvision/NAME, hf-hub:USER/REPO) or a timm folder.
     """
-    spec = read_spec(values)
+    spec, budget = read_spec(values), read_budget(values)
     settings = calibrate.read_calibration(values)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if not dry_run:
         check_target(target, force)
     network = _open_dense(model, seed, read_device(device), values)
-    planned = plan(network, spec)
+    planned = _plan(network, spec, budget, seed, as_json)
     if dry_run:
         _show_plan(planned, as_json)
         return
@@ -114,8 +116,9 @@ def convert(
 @json_option
 def inspect(model: str, as_json: bool, **values: Any) -> None:
     """Show what `convert` would do to MODEL, layer by layer; nothing is changed or written."""
-    spec = read_spec(values)
-    _show_plan(plan(_open_dense(model, 0, read_device("cpu"), values), spec), as_json)
+    spec, budget = read_spec(values), read_budget(values)
+    network = _open_dense(model, 0, read_device("cpu"), values)
+    _show_plan(_plan(network, spec, budget, 0, as_json), as_json)
 
 
 def _original(network: nn.Module, planned: Plan) -> nn.Module:
@@ -128,6 +131,20 @@ def _open_dense(model: str, seed: int, device: Any, values: dict[str, Any]) -> A
     if any(True for _ in lego.lego_modules(network)):
         raise UsageError(f"{model!r} is compressed already; give the original network")
     return network
+
+
+def _plan(
+    network: nn.Module, spec: LegoSpec, budget: dict[str, float], seed: int, quiet: bool
+) -> Plan:
+    if budget:
+        with progress(quiet) as bar:
+            task = bar.add_task("sizing layers", total=None)
+
+            def tell(done: int, of: int) -> None:
+                bar.update(task, completed=done, total=of)
+
+            spec = lego.allocate(network, spec, **budget, seed=seed, on_layer=tell)
+    return plan(network, spec)
 
 
 def _show_plan(planned: Plan, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 import torch
 import yaml
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -126,6 +127,16 @@ spec_options: Callable[[CommandT], CommandT] = _stack(
             "--k", type=int, default=1, show_default=True, help="Lego filters summed per slot."
         ),
         click.option(
+            "--max-size",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Share of the dense network's size to keep to: m and o are chosen by layer.",
+        ),
+        click.option(
+            "--max-macs",
+            type=click.FloatRange(0, 1, min_open=True),
+            help="Share of the dense network's MACs to keep to, likewise.",
+        ),
+        click.option(
             "--coefficients/--binary",
             default=True,
             show_default=True,
@@ -163,6 +174,22 @@ def read_spec(values: dict[str, Any]) -> LegoSpec:
     """Take the spec's options out of a command's values and make the spec."""
     fields = LegoSpec.model_fields.keys() & values.keys()
     return LegoSpec(**{name: values.pop(name) for name in fields})
+
+
+def read_budget(values: dict[str, Any]) -> dict[str, float]:
+    """Take the options of a budget out of a command's values; empty where there is none.
+
+    Raises:
+        UsageError: m or o is given beside a budget.
+    """
+    pairs = {name: values.pop(name) for name in ("max_size", "max_macs")}
+    budget = {name: value for name, value in pairs.items() if value is not None}
+    given = click.get_current_context().get_parameter_source
+    for name in ("m", "o"):
+        if budget and given(name) is ParameterSource.COMMANDLINE:
+            option = next(iter(budget)).replace("_", "-")
+            raise UsageError(f"--{option} chooses m and o of every layer; leave out --{name}")
+    return budget
 
 
 def read_create_args(values: dict[str, Any]) -> dict[str, Any]:

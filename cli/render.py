@@ -99,15 +99,12 @@ def print_plan(plan: Plan) -> None:
     """The plan: a row per layer, what it becomes or why not, and the totals."""
     rows = [_plan_row(row) for row in plan.rows]
     rows.append(["(other)", "", "", short_size(plan.other_bits), "", "norms, biases"])
-    dense_bits = sum(r.dense_bits for r in plan.rows) + plan.other_bits
-    bits = sum(r.bits for r in plan.rows) + plan.other_bits
-    dense_macs, macs = (sum(getattr(r, c) or 0 for r in plan.rows) for c in ("dense_macs", "macs"))
     converted = f"{len(plan.layers)} of {len(plan.rows)} layers"
     table(
         ["layer", "weight", "m'/o/k", "ideal size", "MACs", "stays dense because"],
         rows,
-        ["total", converted, "", change(short_size, dense_bits, bits),
-         change(short, dense_macs, macs), ""],
+        ["total", converted, "", change(short_size, plan.dense_bits, plan.bits),
+         change(short, plan.dense_macs, plan.macs), ""],
     )  # fmt: skip
     click.echo(
         f"Training the indices takes N in memory: {size(8 * plan.proxy_bytes)} in fp32, once more "

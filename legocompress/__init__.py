@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from legocompress.allocate import allocate
 from legocompress.benchmark import BenchmarkRun, benchmark
 from legocompress.calibrate import Calibration, calibrate_, gather, synthesise
 from legocompress.checkpoint import load, open_model, save
@@ -50,6 +51,7 @@ __all__ = [
     "Report",
     "Rule",
     "Source",
+    "allocate",
     "benchmark",
     "calibrate_",
     "convert_",

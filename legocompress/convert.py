@@ -16,7 +16,7 @@ from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modu
 from legocompress.errors import ConversionError, PlanError
 from legocompress.models import source_of
 from legocompress.plan import LayerPlan, Plan, deployed_copy
-from legocompress.spec import FilterDtype, LegoSpec
+from legocompress.spec import FilterDtype, LegoSpec, UnitShape
 from legocompress.unit import assemble, fragments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -66,9 +66,9 @@ def convert_(
     if not plan.layers:
         raise PlanError(f"no layer can be converted: {reasons(plan)}")
     if plan.reparameterize:
-        _check(deployed_copy(model), plan)  # so that what fails fails before a change
+        check_layers(deployed_copy(model), plan)  # so that what fails fails before a change
         model = reparameterize_model(model.eval(), inplace=True)
-    layers = _check(model, plan)
+    layers = check_layers(model, plan)
     for name, row in plan.layers.items():
         _convert_layer_(layers[name], row, seed)
         if on_layer is not None:
@@ -86,7 +86,13 @@ def reasons(plan: Plan) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
 
 
-def _check(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
+def check_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The planned layers by name, whose weights are finite and as the plan says.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ConversionError: a layer's weights hold NaN or infinity.
+    """
     layers = {name: _find(model, row) for name, row in plan.layers.items()}
     for name, layer in layers.items():
         if not torch.isfinite(layer.weight).all():
@@ -115,11 +121,17 @@ def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
 
 
 @torch.no_grad()
-def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> LegoModule:
-    shape, spec = row.shape, row.spec
-    assert shape is not None
-    assert spec is not None
-    weight = layer.weight.detach().reshape(shape.n_out, shape.channels, *shape.kernel)
+def unit_for(
+    weight: Tensor, shape: UnitShape, spec: LegoSpec, seed: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Lego filters, index and coefficients of a dense weight, rounded as the spec stores them.
+
+    Args:
+        weight: (n, c, kh, kw).
+        shape: sizes of the unit.
+        spec: whether there are coefficients, and the storage types.
+        seed: of the clustering.
+    """
     rows = fragments(weight, shape.n_split).reshape(shape.n_fragments, -1)
     factors = cluster(rows, shape.n_lego, shape.n_terms, spec.coefficients, seed)
     slots = (shape.n_split, shape.n_out, shape.n_terms)
@@ -128,10 +140,22 @@ def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> 
     if factors.coefficients is not None:
         filters, gains = balanced(filters, factors.coefficients.reshape(slots))
         gains = rounded(gains, spec.coefficients_dtype)
-    filters = rounded(filters, spec.dtype)
-    index = factors.index.reshape(slots)
-    error = relative_error(weight, assemble(shape, filters, index, gains))
-    module = become_lego_(layer, shape, filters, index, gains, spec.dtype, spec.coefficients_dtype)
+    return rounded(filters, spec.dtype), factors.index.reshape(slots), gains
+
+
+def dense_weight(layer: nn.Conv2d | nn.Linear, shape: UnitShape) -> Tensor:
+    """The weight of a layer as (n, c, kh, kw), which a Linear's becomes too."""
+    return layer.weight.detach().reshape(shape.n_out, shape.channels, *shape.kernel)
+
+
+def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> LegoModule:
+    shape, spec = row.shape, row.spec
+    assert shape is not None
+    assert spec is not None
+    weight = dense_weight(layer, shape)
+    unit = unit_for(weight, shape, spec, seed)
+    error = relative_error(weight, assemble(shape, *unit))
+    module = become_lego_(layer, shape, *unit, spec.dtype, spec.coefficients_dtype)
     module.weight_error = error
     return module
 

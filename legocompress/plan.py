@@ -103,6 +103,26 @@ class Plan:
         object.__setattr__(self, "skipped", skipped)
 
     @property
+    def dense_bits(self) -> int:
+        """Bits of the whole network before."""
+        return sum(row.dense_bits for row in self.rows) + self.other_bits
+
+    @property
+    def bits(self) -> int:
+        """Ideal bits of the whole network afterwards."""
+        return sum(row.bits for row in self.rows) + self.other_bits
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-accumulates before, of the layers that ran."""
+        return sum(row.dense_macs or 0 for row in self.rows)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates afterwards."""
+        return sum(row.macs or 0 for row in self.rows)
+
+    @property
     def proxy_bytes(self) -> int:
         """Memory of all proxies N in float32 while indices train; an optimiser may keep as much."""
         return 4 * sum(row.proxy_params for row in self.rows)
@@ -287,8 +307,8 @@ def _layer_plan(
         reason = "depthwise: one input channel a group"
     if reason is None:
         ours = spec.for_layer(name)
-        shape = _unit_shape(row, ours)
-        reason = _no_gain(shape, ours, row.dense_bits)
+        shape = unit_shape(row, ours)
+        reason = no_gain(shape, ours, row.dense_bits)
         row = replace(row, shape=shape, spec=ours)
     return row if reason is None else replace(row, reason=reason, shape=None, spec=None)
 
@@ -324,12 +344,12 @@ def _unwanted(name: str, layer: nn.Module, spec: LegoSpec) -> str | None:
     if spec.only and not any(matches(pattern, name) for pattern in spec.only):
         return "not named by --only"
     if any(matches(pattern, name) for pattern in spec.skip):
-        return "named by --skip"
+        return "skipped by name"
     return None
 
 
-def _unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
-    """Sizes of the unit; where o does not divide, the padding or smaller o of fewest bits."""
+def unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
+    """Sizes of a row's unit; where o does not divide, the padding or smaller o of fewest bits."""
     n_out, channels = row.weight_shape[:2]
     kernel = row.weight_shape[2:] or (1, 1)
 
@@ -350,7 +370,8 @@ def _unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
     return min((shape(o) for o in splits), key=lambda s: (unit_bits(s, spec), -s.n_split))
 
 
-def _no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
+def no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
+    """Why a unit of these sizes does not pay, or None."""
     if spec.allow_expansion:
         return None
     if shape.n_lego < shape.n_split:

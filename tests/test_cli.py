@@ -149,6 +149,40 @@ def test_looking_writes_nothing(run: Run, tmp_path: Path, command: list[str]) ->
     assert (found["other_params"], found["other_bits"]) == (plan.other_params, plan.other_bits)
 
 
+def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
+    words = [DENSE, "--max-size", 0.6, "--max-macs", 0.8]
+    ran = run("convert", *words, "--only", "layer1.*", "--only", "layer4.*", "--json")
+    assert (ran.code, ran.err) == (0, "")
+    (folder,) = tmp_path.iterdir()
+    asked = lego.LegoSpec(only=["layer1.*", "layer4.*"])
+    dense = lego.create(DENSE)
+    spec = lego.allocate(dense, asked, max_size=0.6, max_macs=0.8)
+    found = lego.load(folder)
+    assert found.lego_record.spec == spec
+    totals = lego.measure(found).totals()
+    assert totals["bits"] <= 0.6 * totals["dense_bits"]
+    assert totals["macs"] <= 0.8 * totals["dense_macs"]
+    shown = run("inspect", *words, "--skip", "layer3.*")
+    assert shown.code == 0, shown.err
+    assert "skipped by name" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-size", 0.3, "--m", 0.5], "--max-size chooses m and o of every layer"),
+        (["--max-macs", 0.9, "--o", 2], "--max-macs chooses m and o of every layer"),
+        (["--max-macs", 0.9, "--rule", "layer4.*:o=4"], "leave out the budget"),
+        (["--max-size", 0.9, "--skip", "*"], "no layer can be converted"),
+        (["--max-size", 0.001, "--only", "layer4.*"], "cannot be met"),
+    ],
+)
+def test_budgets_that_mean_nothing(run: Run, words: list[object], said: str) -> None:
+    ran = run("inspect", DENSE, *words)
+    assert ran.code in (1, 2)
+    failed(ran, ran.code, said)
+
+
 def test_report_says_what_the_library_measures(run: Run, compressed: Path) -> None:
     ran = run("report", compressed)
     assert (ran.code, ran.err) == (0, "")

@@ -27,7 +27,7 @@ def test_what_made_the_network_survives(tmp_path: Path) -> None:
     loaded: Any = lego.load(lego.save(model, tmp_path / "a"))
     assert isinstance(loaded.lego_record, Record)
     assert loaded.lego_record == model.lego_record
-    assert loaded.lego_record.skipped["layer4.0.conv2"] == "named by --skip"
+    assert loaded.lego_record.skipped["layer4.0.conv2"] == "skipped by name"
     assert loaded.lego_source == model.lego_source
     assert loaded.lego_source == Source(
         "timm", "resnet18", {**SMALL, "num_classes": 10}, "random, seed 0"

@@ -403,7 +403,7 @@ def test_source_and_record_are_noted() -> None:
     convert_(model, made, seed=5)
     assert model.lego_source == Source(None, None)
     assert model.lego_record == Record(made.spec, 5, made.skipped)
-    assert model.lego_record.skipped["7"] == "named by --skip"
+    assert model.lego_record.skipped["7"] == "skipped by name"
 
 
 def test_the_source_of_a_created_model_is_kept() -> None:

@@ -52,6 +52,7 @@ LAYERS = [
     "weights",
     "models",
     "convert",
+    "allocate",
     "head",
     "calibrate.record",
     "calibrate.journal",

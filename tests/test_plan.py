@@ -364,7 +364,7 @@ def test_only_and_skip_choose_and_say_so() -> None:
     model = net(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 8, 3), nn.Conv2d(8, 8, 1))
     made = small(model, only=["1", "2"], skip=["2"])
     assert made.layers.keys() == {"1"}
-    assert made.skipped["2"] == "named by --skip"
+    assert made.skipped["2"] == "skipped by name"
     assert made.skipped["3"] == "not named by --only"
 
 

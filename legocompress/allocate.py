@@ -1,0 +1,216 @@
+"""A budget for the whole network -> m and o of every layer, or that the layer stays dense.
+
+Layers differ: the early ones of a network hold few weights and do much of the work, the late ones
+hold most weights and do little. One m for all of them spends bytes or MACs where they help least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from legocompress.convert import check_layers, dense_weight, reasons, relative_error, unit_for
+from legocompress.errors import PlanError, SpecError
+from legocompress.plan import LayerPlan, Plan, deployed_copy, no_gain, plan, unit_shape
+from legocompress.spec import LegoSpec, Rule, UnitShape
+from legocompress.unit import assemble
+
+SPLITS = (1, 2, 4)
+SHARES = (0.0625, 0.25, 0.5, 0.75)  # values of m that are clustered
+STEP = 0.0625  # of the values of m that are chosen from, up to one
+LARGEST = 1 - 1e-6  # squared error
+MIXES = 33  # of the prices of two budgets
+DECADES = 12  # of prices up and down from one
+HALVINGS = 50
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One form of one layer; dense where `shape` is None."""
+
+    shape: UnitShape | None
+    loss: float
+    bits: int
+    macs: int
+
+
+def allocate(
+    model: nn.Module,
+    spec: LegoSpec | None = None,
+    *,
+    max_size: float | None = None,
+    max_macs: float | None = None,
+    seed: int = 0,
+    example_input: Tensor | Any | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> LegoSpec:
+    """Choose m and o of each layer so that the network keeps to a budget.
+
+    Every layer is clustered at several m and o. What is left of its weights' energy there, 1 minus
+    the squared relative error, is multiplied over the layers, and the largest product within the
+    budget is sought by prices on both costs (Everett, 1963).
+
+    Args:
+        model: the dense network, which stays as it is.
+        spec: k, storage types, and which layers; its own m and o are not used.
+        max_size: of all parameters, norms included, as a share of the dense network's ideal size.
+        max_macs: of all convs and Linears, as a share of the dense network's.
+        seed: of the clustering.
+        example_input: as `plan` takes it.
+        on_layer: called with layers done and in all.
+
+    Returns:
+        The spec with a rule for each layer that is to be converted; those that stay dense are
+        skipped by name.
+
+    Raises:
+        SpecError: no budget, one that nothing meets or that dense layers meet, or a rule that
+            sets m or o.
+        PlanError: no layer can be converted, or the model is converted already.
+        ConversionError: a layer's weights hold NaN or infinity.
+    """
+    spec = LegoSpec() if spec is None else spec
+    budget = _budget(spec, {"max_size": max_size, "max_macs": max_macs})
+    smallest = spec.model_copy(update={"m": SHARES[0], "o": 1})
+    base = plan(model, smallest, example_input)
+    if not base.layers:
+        raise PlanError(f"no layer can be converted: {reasons(base)}")
+    layers = check_layers(deployed_copy(model) if base.reparameterize else model, base)
+    choices = []
+    for done, (name, row) in enumerate(base.layers.items(), 1):
+        choices.append(_choices(layers[name], row, seed))
+        if on_layer is not None:
+            on_layer(done, len(layers))
+    return _spec(spec, base, _within(budget, base, choices))
+
+
+def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]:
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
+    if not budget:
+        raise SpecError("a budget is needed: max_size, max_macs or both")
+    for name, limit in budget.items():
+        if not 0 < limit <= 1:
+            raise SpecError(f"{name}={limit:g} is no share of the dense network; give 0 to 1")
+    for rule in spec.rules:
+        if rule.m is not None or rule.o is not None:
+            raise SpecError(
+                f"rule {rule.pattern!r} sets m or o, which the budget chooses for every layer; "
+                "leave them out of the rule, or leave out the budget"
+            )
+    return budget
+
+
+@torch.no_grad()
+def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Choice]:
+    """The dense layer and its Lego forms."""
+    assert row.spec is not None
+    choices = [Choice(None, 0.0, row.dense_bits, row.dense_macs or 0)]
+    for o in SPLITS:
+        errors: dict[int, float] = {}
+        for share in SHARES:
+            spec = row.spec.model_copy(update={"m": share, "o": o})
+            shape = unit_shape(row, spec)
+            # Where o does not divide the channels, another of `SPLITS` may stand for it.
+            if shape.n_split == o and no_gain(shape, spec, row.dense_bits) is None:
+                weight = dense_weight(layer, shape)
+                unit = unit_for(weight, shape, spec, seed)
+                errors[shape.n_lego] = relative_error(weight, assemble(shape, *unit)) ** 2
+        for n_lego, error in _filled(errors, row.weight_shape[0]).items():
+            spec = row.spec.model_copy(update={"m": n_lego / row.weight_shape[0], "o": o})
+            shape = unit_shape(row, spec)
+            if no_gain(shape, spec, row.dense_bits) is None:
+                form = replace(row, shape=shape, spec=spec)
+                choices.append(Choice(shape, _loss(error), form.bits, form.macs or 0))
+    return choices
+
+
+def _filled(errors: dict[int, float], n_out: int) -> dict[int, float]:
+    """Errors by number of Lego filters, also for numbers between and above: exponentials."""
+    filled = dict(errors)
+    known = sorted(errors)
+    if len(known) < 2:
+        return filled
+    for step in range(1, round(1 / STEP) + 1):
+        n_lego = round(step * STEP * n_out)
+        if n_lego < known[0]:
+            continue
+        a, b = next((p for p in pairwise(known) if n_lego <= p[1]), (known[-2], known[-1]))
+        part = (n_lego - a) / (b - a)
+        filled.setdefault(n_lego, errors[a] ** (1 - part) * errors[b] ** part)
+    return filled
+
+
+def _loss(error: float) -> float:
+    """What a layer costs: minus the logarithm of the share of its energy that is left.
+
+    Layers work in a row, so their shares multiply and these costs add up.
+    """
+    return -math.log1p(-min(error, LARGEST))
+
+
+def _within(
+    budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Choice]]
+) -> list[Choice]:
+    """One choice a layer, of least total error within the budget as far as prices find it."""
+    costs, room = {}, {}
+    for name in budget:
+        field = "bits" if name == "max_size" else "macs"
+        dense = getattr(base, f"dense_{field}")
+        costs[name] = _table(choices, field) / dense
+        rest = 1 - float(costs[name][:, 0].sum())  # the first choice is the dense layer
+        room[name] = budget[name] - rest
+        smallest = rest + float(costs[name].amin(1).sum())
+        if smallest > budget[name]:
+            raise SpecError(
+                f"{name}={budget[name]:g} cannot be met: with these layers and settings at least "
+                f"{math.ceil(1000 * smallest) / 1000:g} of the dense network is left; give that or "
+                "more"
+            )
+    losses = _table(choices, "loss")
+    best, least = None, math.inf
+    for mix in torch.linspace(0, 1, MIXES).tolist() if len(budget) > 1 else [0.0]:
+        priced = sum(
+            share * costs[name] for name, share in zip(budget, (1 - mix, mix), strict=False)
+        )
+        low, high = -float(DECADES), float(DECADES)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            chosen = (losses + 10.0**middle * priced).argmin(1, keepdim=True)
+            fits = all(float(costs[n].gather(1, chosen).sum()) <= room[n] for n in budget)
+            low, high = (low, middle) if fits else (middle, high)
+            if fits and (loss := float(losses.gather(1, chosen).sum())) < least:
+                best, least = chosen[:, 0].tolist(), loss
+    if best is None:
+        raise SpecError(
+            f"no choice of m and o meets {' and '.join(f'{n}={v:g}' for n, v in budget.items())} "
+            "together; give more of one of them"
+        )
+    return [options[i] for options, i in zip(choices, best, strict=True)]
+
+
+def _table(choices: Sequence[Sequence[Choice]], field: str) -> Tensor:
+    """A field of all choices as (layers, most choices); the first choice fills short rows."""
+    width = max(len(options) for options in choices)
+    rows = [[*options, *[options[0]] * (width - len(options))] for options in choices]
+    return torch.tensor([[getattr(choice, field) for choice in row] for row in rows]).double()
+
+
+def _spec(spec: LegoSpec, base: Plan, chosen: Sequence[Choice]) -> LegoSpec:
+    if all(choice.shape is None for choice in chosen):
+        raise SpecError("the budget leaves every layer dense; give less of the dense network")
+    rules, skip = [], list(spec.skip)
+    for row, choice in zip(base.layers.values(), chosen, strict=True):
+        if choice.shape is None:
+            skip.append(row.name)
+            continue
+        ours = spec.for_layer(row.name)
+        same = {field: getattr(ours, field) for field in ("k", "coefficients", "dtype")}
+        m = choice.shape.n_lego / choice.shape.n_out
+        rules.append(Rule(pattern=row.name, m=m, o=choice.shape.n_split, **same))
+    return spec.model_copy(update={"rules": tuple(rules), "skip": tuple(skip)})

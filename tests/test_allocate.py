@@ -1,0 +1,181 @@
+"""Budgets: kept to, spent where it helps most, and refused where they mean nothing."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models import create_model
+from torch import Tensor, nn
+
+import legocompress as lego
+from legocompress.allocate import SHARES, SPLITS, Choice, _filled, _loss, _within
+from legocompress.convert import relative_error
+from legocompress.errors import ConversionError, PlanError, SpecError
+from legocompress.plan import Plan, plan
+from legocompress.spec import LegoSpec
+
+DEMO = Path(lego.__file__).parent / "demo" / "fashion-resnet"
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1)]
+    for stride, width in ((1, 16), (2, 32), (1, 32)):
+        channels = layers[-2].out_channels if len(layers) > 1 else 16  # type: ignore[union-attr]
+        layers += [nn.Conv2d(int(channels), width, 3, stride, 1), nn.ReLU()]  # type: ignore[arg-type]
+    return nn.Sequential(*layers).eval()
+
+
+def shares(model: nn.Module, spec: LegoSpec, image: Tensor | None = IMAGE) -> tuple[float, float]:
+    made = plan(model, spec, image)
+    return made.bits / made.dense_bits, made.macs / made.dense_macs
+
+
+@pytest.mark.parametrize(
+    "budget", [{"max_size": 0.4}, {"max_macs": 0.7}, {"max_size": 0.5, "max_macs": 0.8}]
+)
+@pytest.mark.parametrize("k", [1, 2])
+def test_budgets_are_kept_and_used(network: nn.Module, budget: dict[str, float], k: int) -> None:
+    before = copy.deepcopy(network.state_dict())
+    spec = lego.allocate(network, LegoSpec(k=k), **budget, example_input=IMAGE)
+    size, macs = shares(network, spec)
+    assert size <= budget.get("max_size", 1.0)
+    assert macs <= budget.get("max_macs", 1.0)
+    used = [found / most for found, most in ((size, budget.get("max_size")),
+            (macs, budget.get("max_macs"))) if most is not None]  # fmt: skip
+    assert max(used) > 0.9
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert spec == lego.allocate(network, LegoSpec(k=k), **budget, example_input=IMAGE)
+
+
+def test_within_the_same_costs_less_is_lost_than_with_one_m_for_all() -> None:
+    network = lego.create(f"local-dir:{DEMO}").eval()
+    uniform = LegoSpec(m=0.5, o=2)
+    size, macs = shares(network, uniform, None)
+    found = lego.allocate(network, uniform, max_size=size, max_macs=macs)
+    assert all(a <= b for a, b in zip(shares(network, found, None), (size, macs), strict=True))
+    left = []
+    for spec in (found, uniform):
+        converted = lego.convert_(copy.deepcopy(network), plan(network, spec))
+        left.append(sum(_loss(layer.weight_error**2) for _, layer in lego.lego_modules(converted)))
+    assert left[0] < 0.95 * left[1]
+
+
+def test_what_a_layer_loses_is_told_within_a_few_hundredths(network: nn.Module) -> None:
+    """Interpolated and extrapolated errors against those of a conversion."""
+    weight_errors = {}
+    for m in (*SHARES, 0.375, 1.0):
+        spec = LegoSpec(m=m, o=2, only=("5",), allow_expansion=True)
+        converted = lego.convert_(copy.deepcopy(network), plan(network, spec, IMAGE))
+        (layer,) = [layer for _, layer in lego.lego_modules(converted)]
+        weight_errors[m] = layer.weight_error**2
+    known = {round(m * 32): weight_errors[m] for m in SHARES}
+    for m in (0.375, 1.0):
+        assert _filled(known, 32)[round(m * 32)] == pytest.approx(weight_errors[m], abs=0.06)
+
+
+def test_prices_find_what_trying_all_finds(network: nn.Module) -> None:
+    base = plan(network, LegoSpec(m=0.125, o=1), IMAGE)
+    shape = next(iter(base.layers.values())).shape
+    generator = torch.Generator().manual_seed(0)
+    choices = []
+    for row in base.layers.values():
+        made = [Choice(None, 0.0, row.dense_bits, row.dense_macs or 0)]
+        for part in torch.linspace(0.1, 0.9, 6).tolist():
+            noise = 0.05 * float(torch.rand((), generator=generator))
+            costs = (int(part * row.dense_bits), int(part * (row.dense_macs or 0)))
+            made.append(Choice(shape, (1 - part) ** 2 + noise, *costs))
+        choices.append(made)
+
+    def size(chosen: tuple[Choice, ...]) -> float:
+        saved = sum(row.dense_bits for row in base.layers.values()) - sum(c.bits for c in chosen)
+        return 1 - saved / base.dense_bits
+
+    best = min(
+        sum(c.loss for c in chosen)
+        for chosen in itertools.product(*choices)
+        if size(chosen) <= 0.6
+    )  # fmt: skip
+    found = _within({"max_size": 0.6}, base, choices)
+    assert size(tuple(found)) <= 0.6
+    assert best <= sum(c.loss for c in found) < 1.25 * best
+
+
+def test_layers_keep_their_own_k_and_types_and_dense_ones_are_skipped(network: nn.Module) -> None:
+    asked = LegoSpec(k=2, dtype="fp16", rules=("5:k=1",), skip=("1",), coefficients_dtype="bf16")
+    found = lego.allocate(network, asked, max_size=0.35, example_input=IMAGE)
+    assert found.coefficients_dtype == "bf16"
+    rules = {rule.pattern: rule for rule in found.rules}
+    assert "1" in found.skip
+    assert set(rules) == {"3", "5"}
+    assert (rules["3"].k, rules["5"].k) == (2, 1)
+    assert {rule.dtype for rule in found.rules} == {"fp16"}
+    assert all(rule.o in SPLITS for rule in found.rules)
+    made: Plan = plan(network, found, IMAGE)
+    assert set(made.layers) == set(rules)
+
+
+def test_a_network_in_training_form_is_sized_as_deployed() -> None:
+    model = create_model("repvgg_a0", pretrained=False).eval()
+    image = torch.zeros(1, 3, 32, 32)
+    only = LegoSpec(only=("stages.0.*", "stages.1.0.*"))
+    spec = lego.allocate(model, only, max_size=0.999, max_macs=0.97, example_input=image)
+    assert shares(model, spec, image)[1] <= 0.97
+    assert all(rule.pattern.endswith("reparam_conv") for rule in spec.rules)
+
+
+@pytest.mark.parametrize(
+    ("settings", "budget", "said"),
+    [
+        ({}, {}, "a budget is needed"),
+        ({}, {"max_size": 1.5}, "max_size=1.5 is no share"),
+        ({}, {"max_macs": 0.0}, "max_macs=0 is no share"),
+        ({}, {"max_macs": float("nan")}, "max_macs=nan is no share"),
+        ({}, {"max_size": 0.01}, "max_size=0.01 cannot be met: .* at least 0."),
+        ({}, {"max_size": 1.0}, "leaves every layer dense"),
+        ({"rules": ("5:m=0.5",)}, {"max_size": 0.5}, "rule '5' sets m or o"),
+        ({"rules": ("5:o=2",)}, {"max_size": 0.5}, "rule '5' sets m or o"),
+    ],
+)
+def test_what_is_refused(
+    network: nn.Module, settings: dict[str, object], budget: dict[str, float], said: str
+) -> None:
+    with pytest.raises(SpecError, match=said):
+        lego.allocate(network, LegoSpec(**settings), **budget, example_input=IMAGE)
+
+
+def test_the_least_that_is_named_can_be_met(network: nn.Module) -> None:
+    with pytest.raises(SpecError, match="at least") as told:
+        lego.allocate(network, max_macs=0.01, example_input=IMAGE)
+    least = float(str(told.value).split("at least ")[1].split()[0])
+    spec = lego.allocate(network, max_macs=least, example_input=IMAGE)
+    assert shares(network, spec)[1] <= least
+
+
+def test_networks_that_cannot_be_sized(network: nn.Module) -> None:
+    with pytest.raises(PlanError, match="no layer can be converted"):
+        lego.allocate(network, LegoSpec(skip=("*",)), max_size=0.5, example_input=IMAGE)
+    network[1].weight.data[0] = torch.nan  # type: ignore[union-attr, index]
+    with pytest.raises(ConversionError, match="NaN"):
+        lego.allocate(network, max_size=0.5, example_input=IMAGE)
+
+
+def test_progress_is_told(network: nn.Module) -> None:
+    told: list[tuple[int, int]] = []
+    lego.allocate(
+        network, max_size=0.5, example_input=IMAGE, on_layer=lambda *at: told.append(at)
+    )  # fmt: skip
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_error_near_one_costs_more_than_one_near_none() -> None:
+    assert _loss(0.0) == 0.0
+    assert _loss(0.9) - _loss(0.8) > 3 * (_loss(0.2) - _loss(0.1))
+    assert _loss(1.0) < float("inf")
+    assert relative_error(torch.ones(2), torch.zeros(2)) == 1.0
