@@ -72,7 +72,8 @@ def allocate(
     Raises:
         SpecError: no budget, one that nothing meets or that dense layers meet, or a rule that
             sets m or o.
-        PlanError: no layer can be converted, or the model is converted already.
+        PlanError: no layer can be converted, the model is converted already, or it could not be run
+            to count its MACs.
         ConversionError: a layer's weights hold NaN or infinity.
     """
     spec = LegoSpec() if spec is None else spec
@@ -81,6 +82,8 @@ def allocate(
     base = plan(model, smallest, example_input)
     if not base.layers:
         raise PlanError(f"no layer can be converted: {reasons(base)}")
+    if max_macs is not None and not base.dense_macs:
+        raise PlanError(f"max_macs cannot be kept to, since MACs are not known: {base.note}")
     layers = check_layers(deployed_copy(model) if base.reparameterize else model, base)
     choices = []
     for done, (name, row) in enumerate(base.layers.items(), 1):

@@ -166,6 +166,23 @@ def test_networks_that_cannot_be_sized(network: nn.Module) -> None:
         lego.allocate(network, max_size=0.5, example_input=IMAGE)
 
 
+def test_macs_that_are_not_known(network: nn.Module) -> None:
+    """Without a pass through the network a budget of bytes still works, one of MACs does not."""
+
+    class Refusing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("not today")
+
+    model = Refusing()
+    with pytest.raises(PlanError, match=r"MACs are not known: .*not today"):
+        lego.allocate(model, max_macs=0.5)
+    assert lego.allocate(model, max_size=0.5).rules
+
+
 def test_progress_is_told(network: nn.Module) -> None:
     told: list[tuple[int, int]] = []
     lego.allocate(
