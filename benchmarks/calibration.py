@@ -302,17 +302,19 @@ def run_networks(options: argparse.Namespace, results: Results) -> bool:
         for k in options.k:
             key = {"table": "networks", "network": name, "k": k, "m": options.m, "o": options.o}
             key |= {"views": options.views, "epochs": options.epochs, "seed": options.seed}
+            key |= {"sized": options.sized}
 
             def run(name: str = name, k: int = k) -> Row:
                 network = open_network(name, options.weights_dir)
                 seen, unseen = views(network, options.photos, options.views, options.seed)
                 spec = lego.LegoSpec(m=options.m, o=options.o, k=k)
+                spec = fashion.sized(network, spec, options.sized)
                 return agreement_rows(network, spec, seen, unseen, options.epochs, options.seed)
 
             results.measure(key, run)
     print("\nOn views of photos that calibration did not see: before -> after")
     print(f"{'network':22s} {'k':>2s} {'views':>11s} {'top-1 agrees %':>16s} {'output error':>16s}")
-    same = {"views": options.views, "epochs": options.epochs, "m": options.m, "o": options.o}
+    same = {name: getattr(options, name) for name in ("views", "epochs", "m", "o", "sized")}
     rows = results.select(table="networks", seed=options.seed, **same)
     for row in rows:
         pairs = [("agreement_before", "agreement_after"), ("error_before", "error_after")]
@@ -406,6 +408,7 @@ def _parse() -> argparse.Namespace:
     real.add_argument("--k", nargs="+", type=int, default=[1, 4, 8])
     real.add_argument("--m", type=float, default=0.5)
     real.add_argument("--o", type=int, default=2)
+    real.add_argument("--sized", choices=fashion.SIZED, default="uniform")
     real.add_argument("--views", type=int, default=256, help="for calibration; half as many unseen")
     real.add_argument("--seed", type=int, default=0)
     large = commands.add_parser("resnet50", parents=[both])

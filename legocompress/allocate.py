@@ -21,7 +21,8 @@ from legocompress.plan import LayerPlan, Plan, deployed_copy, no_gain, plan, uni
 from legocompress.spec import LegoSpec, Rule, UnitShape
 from legocompress.unit import assemble
 
-SPLITS = (1, 2, 4)
+SPLITS = (1, 2, 4, 8)
+MOST_FRAGMENTS = 8192  # of a layer; more take too long to cluster several times
 SHARES = (0.0625, 0.25, 0.5, 0.75)  # values of m that are clustered
 STEP = 0.0625  # of the values of m that are chosen from, up to one
 LARGEST = 1 - 1e-6  # squared error
@@ -120,7 +121,9 @@ def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Ch
             spec = row.spec.model_copy(update={"m": share, "o": o})
             shape = unit_shape(row, spec)
             # Where o does not divide the channels, another of `SPLITS` may stand for it.
-            if shape.n_split == o and no_gain(shape, spec, row.dense_bits) is None:
+            if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
+                continue
+            if no_gain(shape, spec, row.dense_bits) is None:
                 weight = dense_weight(layer, shape)
                 unit = unit_for(weight, shape, spec, seed)
                 errors[shape.n_lego] = relative_error(weight, assemble(shape, *unit)) ** 2
