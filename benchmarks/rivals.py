@@ -2,8 +2,9 @@
 
 Truncated SVD (Zhang et al., 2016), Tucker-2 (Kim et al., 2016; tensorly), structured pruning by
 group magnitude (Fang et al., 2023; torch-pruning) and 4-bit k-means palettization (scikit-learn).
-One ratio a network, the share of its parameters that every layer keeps, is bisected to a budget of
-bytes or of MACs. The first conv and the classifier keep their outputs as they are.
+The share of its parameters that a layer keeps is bisected to a budget of bytes or of MACs: one for
+all layers or, with the rule by which Lego layers are sized, one for each, whichever held-out images
+prefer. The first conv and the classifier keep their outputs as they are.
 
 Repair, on the same images as ours: layer by layer, in the order in which they run, each form is
 fitted to the original's outputs on the inputs that the repaired layers before it give (reduced-rank
@@ -15,6 +16,7 @@ Palettes have no layer step: their codebooks are tuned.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import legocompress as lego
+from legocompress.allocate import _loss
 from legocompress.calibrate import _keep_if_better
 from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front, steps
@@ -41,6 +44,7 @@ from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.stream import run_to
 from legocompress.codec import encode
 from legocompress.measure import fvcore_macs
+from legocompress.plan import LayerPlan
 from legocompress.probe import default_input, evaluating
 
 METHODS = ("svd", "tucker", "pruning", "palette")
@@ -48,6 +52,8 @@ BATCH = 32
 PALETTE_BITS = 4
 MOST_PRUNED = 0.95  # of a layer, where layers are ranked together
 HALVINGS = 12
+SHARES = 32  # of a layer's parameters that are chosen from, where they are chosen by layer
+PRICES = 8.0  # decades
 PACKAGES = {"tucker": "tensorly", "pruning": "torch_pruning", "palette": "sklearn"}
 
 Fit = Callable[[nn.Module, str, Moments, Moments], None]
@@ -221,16 +227,78 @@ def _core(outer: Tensor, inner: Tensor, conv: nn.Conv2d, seen: Moments) -> Tenso
     return core.float().reshape(outer.shape[1], inner.shape[1], *conv.kernel_size)
 
 
+def svd_error(conv: nn.Conv2d, form: nn.Sequential) -> float:
+    """Squared error of the truncated SVD, relative."""
+    squares = torch.linalg.svdvals(conv.weight.detach().double().flatten(1)).square()
+    return float(squares[form[0].out_channels :].sum() / squares.sum())
+
+
+def tucker_error(conv: nn.Conv2d, form: nn.Sequential) -> float:
+    """Squared error of the higher-order SVD, relative."""
+    if len(form) == 2:
+        return svd_error(conv, form)
+    weight = conv.weight.detach().double()
+    core = weight
+    for mode, rank in enumerate((form[1].out_channels, form[1].in_channels)):
+        rows = weight.transpose(0, mode).flatten(1)
+        leading = torch.linalg.eigh(rows @ rows.T).eigenvectors[:, -rank:]
+        core = (core.transpose(mode, -1) @ leading).transpose(mode, -1)
+    return float(1 - core.square().sum() / weight.square().sum())
+
+
+Form = Callable[[nn.Conv2d, float], nn.Sequential]
+Error = Callable[[nn.Conv2d, nn.Sequential], float]
+
+
+@functools.cache
+def _choices(form: Form, error: Error, conv: nn.Conv2d) -> list[tuple[float, float, int]]:
+    """Share, loss and parameters of a layer's forms; the dense one has no bound on its share."""
+    found = [(math.inf, 0.0, conv.weight.numel())]
+    for step in range(1, SHARES + 1):
+        chain = form(conv, step / SHARES)
+        size = sum(part.weight.numel() for part in chain)  # type: ignore[misc]
+        found.append((step / SHARES, _loss(error(conv, chain)), size))
+    return found
+
+
+def by_layer(
+    form: Form,
+    error: Error,
+    by_pixels: bool,
+    original: nn.Module,
+    names: Sequence[str],
+    ratio: float,
+) -> dict[str, float]:
+    """Shares of each layer, as `lego.allocate` chooses, at a price that falls with the ratio."""
+    pixels = {row.name: row.pixels or 0 for row in _rows(original)}
+    convs = _convs(original, names)
+    scale = {name: pixels[name] if by_pixels else 1 for name in names}
+    dense = sum(scale[name] * conv.weight.numel() for name, conv in convs.items())
+    price = 10.0 ** (PRICES * (0.5 - ratio)) / dense
+    found = {}
+    for name, conv in convs.items():
+        rate = price * scale[name]
+        found[name] = min(_choices(form, error, conv), key=lambda c: c[1] + rate * c[2])[0]
+    return found
+
+
+@functools.cache
+def _rows(original: nn.Module) -> tuple[LayerPlan, ...]:
+    return lego.plan(original).rows
+
+
 def _factorised(
-    form: Callable[[nn.Conv2d, float], nn.Sequential],
+    form: Form,
     fits: Callable[[nn.Conv2d, nn.Sequential, Moments], list[list[Tensor]]],
+    shares: Callable[[nn.Module, Sequence[str], float], dict[str, float]],
     original: nn.Module,
     names: Sequence[str],
     ratio: float,
 ) -> Shrunk:
     network = copy.deepcopy(original)
     convs = _convs(original, names)
-    forms = {name: form(conv, ratio) for name, conv in convs.items()}
+    kept = shares(original, names, ratio)
+    forms = {name: form(conv, kept[name]) for name, conv in convs.items() if kept[name] <= 1}
     for name, chain in forms.items():
         if sum(p.numel() for p in chain.parameters()) >= convs[name].weight.numel():
             continue  # no saving: the layer stays as it is
@@ -316,9 +384,22 @@ def palettised(original: nn.Module, names: Sequence[str], seed: int) -> nn.Modul
     return network
 
 
+def _one_share(original: nn.Module, names: Sequence[str], ratio: float) -> dict[str, float]:
+    return dict.fromkeys(names, ratio)
+
+
+def _variants(form: Form, fits: Any, error: Error) -> dict[str, Shrink]:
+    shares = {
+        "": _one_share,
+        "by layer, bytes": partial(by_layer, form, error, False),
+        "by layer, MACs": partial(by_layer, form, error, True),
+    }
+    return {name: partial(_factorised, form, fits, rule) for name, rule in shares.items()}
+
+
 SHRINKS: dict[str, dict[str, Shrink]] = {
-    "svd": {"": partial(_factorised, svd_form, svd_fits)},
-    "tucker": {"": partial(_factorised, tucker_form, tucker_fits)},
+    "svd": _variants(svd_form, svd_fits, svd_error),
+    "tucker": _variants(tucker_form, tucker_fits, tucker_error),
     "pruning": {"by layer": partial(_pruned, False), "all together": partial(_pruned, True)},
 }
 

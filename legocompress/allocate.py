@@ -163,32 +163,19 @@ def _loss(error: float) -> float:
 def _within(
     budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Choice]]
 ) -> list[Choice]:
-    """One choice a layer, of least total error within the budget as far as prices find it."""
-    costs, room = {}, {}
-    for name in budget:
-        field = "bits" if name == "max_size" else "macs"
-        dense = getattr(base, f"dense_{field}")
-        costs[name] = _table(choices, field) / dense
-        rest = 1 - float(costs[name][:, 0].sum())  # the first choice is the dense layer
-        room[name] = budget[name] - rest
-        smallest = rest + float(costs[name].amin(1).sum())
-        if smallest > budget[name]:
-            raise SpecError(
-                f"{name}={budget[name]:g} cannot be met: with these layers and settings at least "
-                f"{math.ceil(1000 * smallest) / 1000:g} of the dense network is left; give that or "
-                "more"
-            )
+    """One choice a layer, of least total loss within the budget as far as prices find it."""
+    costs, room = _costs(budget, base, choices)
     losses = _table(choices, "loss")
     best, least = None, math.inf
     for mix in torch.linspace(0, 1, MIXES).tolist() if len(budget) > 1 else [0.0]:
-        priced = sum(
-            share * costs[name] for name, share in zip(budget, (1 - mix, mix), strict=False)
-        )
+        shares = costs.new_tensor([1 - mix, mix][: len(budget)])
+        priced = torch.einsum("b,blc->lc", shares, costs)
         low, high = -float(DECADES), float(DECADES)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             chosen = (losses + 10.0**middle * priced).argmin(1, keepdim=True)
-            fits = all(float(costs[n].gather(1, chosen).sum()) <= room[n] for n in budget)
+            spent = costs.gather(2, chosen.expand(len(costs), -1, 1)).sum((1, 2))
+            fits = bool((spent <= room).all())
             low, high = (low, middle) if fits else (middle, high)
             if fits and (loss := float(losses.gather(1, chosen).sum())) < least:
                 best, least = chosen[:, 0].tolist(), loss
@@ -200,11 +187,33 @@ def _within(
     return [options[i] for options, i in zip(choices, best, strict=True)]
 
 
+def _costs(
+    budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Choice]]
+) -> tuple[Tensor, Tensor]:
+    """Costs (budgets, layers, choices) and what they may add up to, as shares of the network's."""
+    tables, room = [], []
+    for name, share in budget.items():
+        field = "bits" if name == "max_size" else "macs"
+        costs = _table(choices, field) / getattr(base, f"dense_{field}")
+        rest = 1 - float(costs[:, 0].sum())  # the first choice is the dense layer
+        smallest = rest + float(costs.amin(1).sum())
+        if smallest > share:
+            raise SpecError(
+                f"{name}={share:g} cannot be met: with these layers and settings at least "
+                f"{math.ceil(1000 * smallest) / 1000:g} of the dense network is left; give that or "
+                "more"
+            )
+        tables.append(costs)
+        room.append(share - rest)
+    return torch.stack(tables), tables[0].new_tensor(room)
+
+
 def _table(choices: Sequence[Sequence[Choice]], field: str) -> Tensor:
     """A field of all choices as (layers, most choices); the first choice fills short rows."""
     width = max(len(options) for options in choices)
     rows = [[*options, *[options[0]] * (width - len(options))] for options in choices]
-    return torch.tensor([[getattr(choice, field) for choice in row] for row in rows]).double()
+    values = [[getattr(choice, field) for choice in row] for row in rows]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _spec(spec: LegoSpec, base: Plan, chosen: Sequence[Choice]) -> LegoSpec:

@@ -95,3 +95,44 @@ def test_bisection_finds_the_edge() -> None:
     assert rivals.largest_ratio(lambda r: 100 * r, 37) <= 0.37
     with pytest.raises(ValueError, match="no ratio"):
         rivals.largest_ratio(lambda r: 1.0, 0.5)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_errors_of_factorised_layers_are_those_of_their_kernels(
+    network: nn.Module, share: float
+) -> None:
+    conv = network.get_submodule("1")
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv.weight.detach().double()
+    chain = rivals.svd_form(conv, share)
+    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    rank = chain[0].out_channels
+    lost = (u[:, :rank] * s[:rank] @ vh[:rank] - weight.flatten(1)).square().sum()
+    assert rivals.svd_error(conv, chain) == pytest.approx(float(lost / weight.square().sum()))
+    chain = rivals.tucker_form(conv, share)
+    inner, outer = chain[1].in_channels, chain[1].out_channels
+    left = torch.linalg.svd(weight.flatten(1)).U[:, :outer]
+    right = torch.linalg.svd(weight.transpose(0, 1).flatten(1)).U[:, :inner]
+    near = torch.einsum("na,ma,mchw,cb,db->ndhw", left, left, weight, right, right)
+    lost = (near - weight).square().sum()
+    assert rivals.tucker_error(conv, chain) == pytest.approx(float(lost / weight.square().sum()))
+
+
+def test_shares_by_layer_lose_less_at_the_same_cost(network: nn.Module) -> None:
+    with torch.no_grad():  # one layer is of rank one, the other of full rank
+        conv = network.get_submodule("1")
+        conv.weight.copy_(conv.weight[:1] * torch.arange(1.0, 13.0).reshape(-1, 1, 1, 1))
+    lost = {}
+    for variant, shrink in rivals.SHRINKS["svd"].items():
+        ratio = rivals.largest_ratio(
+            lambda r, make=shrink: rivals.macs(make(network, NAMES, r).network), 12_000
+        )
+        found = shrink(network, NAMES, ratio).network
+        assert rivals.macs(found) <= 12_000
+        kept = [found.get_submodule(name) for name in NAMES]
+        lost[variant] = sum(
+            rivals.svd_error(network.get_submodule(name), part)
+            for name, part in zip(NAMES, kept, strict=True)
+            if isinstance(part, nn.Sequential)
+        )
+    assert lost["by layer, MACs"] < 0.5 * lost[""]
