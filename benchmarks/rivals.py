@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import legocompress as lego
-from legocompress.allocate import _loss
+from legocompress.allocate import signal_lost
 from legocompress.calibrate import _keep_if_better
 from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front, steps
@@ -257,7 +257,7 @@ def _choices(form: Form, error: Error, conv: nn.Conv2d) -> list[tuple[float, flo
     for step in range(1, SHARES + 1):
         chain = form(conv, step / SHARES)
         size = sum(part.weight.numel() for part in chain)  # type: ignore[misc]
-        found.append((step / SHARES, _loss(error(conv, chain)), size))
+        found.append((step / SHARES, signal_lost(error(conv, chain)), size))
     return found
 
 

@@ -25,7 +25,7 @@ SPLITS = (1, 2, 4, 8)
 MOST_FRAGMENTS = 8192  # of a layer; more take too long to cluster several times
 SHARES = (0.0625, 0.25, 0.5, 0.75)  # values of m that are clustered
 STEP = 0.0625  # of the values of m that are chosen from, up to one
-LARGEST = 1 - 1e-6  # squared error
+LARGEST, TINY = 1 - 1e-6, 1e-12  # squared errors
 MIXES = 33  # of the prices of two budgets
 DECADES = 12  # of prices up and down from one
 HALVINGS = 50
@@ -126,13 +126,14 @@ def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Ch
             if no_gain(shape, spec, row.dense_bits) is None:
                 weight = dense_weight(layer, shape)
                 unit = unit_for(weight, shape, spec, seed)
-                errors[shape.n_lego] = relative_error(weight, assemble(shape, *unit)) ** 2
+                error = relative_error(weight, assemble(shape, *unit)) ** 2
+                errors[shape.n_lego] = max(error, TINY)  # exponentials know no zero
         for n_lego, error in _filled(errors, row.weight_shape[0]).items():
             spec = row.spec.model_copy(update={"m": n_lego / row.weight_shape[0], "o": o})
             shape = unit_shape(row, spec)
             if no_gain(shape, spec, row.dense_bits) is None:
                 form = replace(row, shape=shape, spec=spec)
-                choices.append(Choice(shape, _loss(error), form.bits, form.macs or 0))
+                choices.append(Choice(shape, signal_lost(error), form.bits, form.macs or 0))
     return choices
 
 
@@ -152,7 +153,7 @@ def _filled(errors: dict[int, float], n_out: int) -> dict[int, float]:
     return filled
 
 
-def _loss(error: float) -> float:
+def signal_lost(error: float) -> float:
     """What a layer costs: minus the logarithm of the share of its energy that is left.
 
     Layers work in a row, so their shares multiply and these costs add up.

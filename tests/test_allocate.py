@@ -12,7 +12,7 @@ from timm.models import create_model
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.allocate import SHARES, SPLITS, Choice, _filled, _loss, _within
+from legocompress.allocate import SHARES, SPLITS, Choice, _filled, _within, signal_lost
 from legocompress.convert import relative_error
 from legocompress.errors import ConversionError, PlanError, SpecError
 from legocompress.plan import Plan, plan
@@ -59,11 +59,15 @@ def test_within_the_same_costs_less_is_lost_than_with_one_m_for_all() -> None:
     uniform = LegoSpec(m=0.5, o=2)
     size, macs = shares(network, uniform, None)
     found = lego.allocate(network, uniform, max_size=size, max_macs=macs)
-    assert all(a <= b for a, b in zip(shares(network, found, None), (size, macs), strict=True))
+    kept = shares(network, found, None)
+    assert all(cost <= most for cost, most in zip(kept, (size, macs), strict=True))
+    assert max(kept[0] / size, kept[1] / macs) > 0.95
     left = []
     for spec in (found, uniform):
         converted = lego.convert_(copy.deepcopy(network), plan(network, spec))
-        left.append(sum(_loss(layer.weight_error**2) for _, layer in lego.lego_modules(converted)))
+        left.append(
+            sum(signal_lost(layer.weight_error**2) for _, layer in lego.lego_modules(converted))
+        )
     assert left[0] < 0.95 * left[1]
 
 
@@ -166,6 +170,16 @@ def test_networks_that_cannot_be_sized(network: nn.Module) -> None:
         lego.allocate(network, max_size=0.5, example_input=IMAGE)
 
 
+def test_a_layer_that_few_filters_tell_exactly(network: nn.Module) -> None:
+    """Its errors are zero from some m on, which no exponential passes through."""
+    with torch.no_grad():
+        network[5].weight[:] = network[5].weight[:1]  # type: ignore[union-attr, index]
+    spec = lego.allocate(network, max_size=0.4, example_input=IMAGE)
+    rule = next(rule for rule in spec.rules if rule.pattern == "5")
+    assert rule.m is not None
+    assert rule.m <= 0.25
+
+
 def test_macs_that_are_not_known(network: nn.Module) -> None:
     """Without a pass through the network a budget of bytes still works, one of MACs does not."""
 
@@ -192,7 +206,7 @@ def test_progress_is_told(network: nn.Module) -> None:
 
 
 def test_an_error_near_one_costs_more_than_one_near_none() -> None:
-    assert _loss(0.0) == 0.0
-    assert _loss(0.9) - _loss(0.8) > 3 * (_loss(0.2) - _loss(0.1))
-    assert _loss(1.0) < float("inf")
+    assert signal_lost(0.0) == 0.0
+    assert signal_lost(0.9) - signal_lost(0.8) > 3 * (signal_lost(0.2) - signal_lost(0.1))
+    assert signal_lost(1.0) < float("inf")
     assert relative_error(torch.ones(2), torch.zeros(2)) == 1.0
