@@ -171,21 +171,52 @@ def _within(
     for mix in torch.linspace(0, 1, MIXES).tolist() if len(budget) > 1 else [0.0]:
         shares = costs.new_tensor([1 - mix, mix][: len(budget)])
         priced = torch.einsum("b,blc->lc", shares, costs)
-        low, high = -float(DECADES), float(DECADES)
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            chosen = (losses + 10.0**middle * priced).argmin(1, keepdim=True)
-            spent = costs.gather(2, chosen.expand(len(costs), -1, 1)).sum((1, 2))
-            fits = bool((spent <= room).all())
-            low, high = (low, middle) if fits else (middle, high)
-            if fits and (loss := float(losses.gather(1, chosen).sum())) < least:
-                best, least = chosen[:, 0].tolist(), loss
+        chosen = _at_least_price(losses, priced, costs, room)
+        if chosen is None:
+            continue
+        chosen = _spend_rest(chosen, losses, costs, room)
+        if (loss := float(losses.gather(1, chosen).sum())) < least:
+            best, least = chosen[:, 0].tolist(), loss
     if best is None:
         raise SpecError(
             f"no choice of m and o meets {' and '.join(f'{n}={v:g}' for n, v in budget.items())} "
             "together; give more of one of them"
         )
     return [options[i] for options, i in zip(choices, best, strict=True)]
+
+
+def _at_least_price(losses: Tensor, priced: Tensor, costs: Tensor, room: Tensor) -> Tensor | None:
+    """The choices (layers, 1) of least loss plus price, at the least price that keeps to `room`."""
+    best = None
+    low, high = -float(DECADES), float(DECADES)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        chosen = (losses + 10.0**middle * priced).argmin(1, keepdim=True)
+        fits = bool((_each(costs, chosen).sum((1, 2)) <= room).all())
+        low, high = (low, middle) if fits else (middle, high)
+        best = chosen if fits else best
+    return best
+
+
+def _spend_rest(chosen: Tensor, losses: Tensor, costs: Tensor, room: Tensor) -> Tensor:
+    """Change one layer after another, where it helps most, until no change fits the budget.
+
+    Prices find the choices on a convex hull alone and leave what lies between two of them unspent.
+    """
+    while True:
+        now = _each(costs, chosen)
+        spent = now.sum((1, 2), keepdim=True) - now + costs
+        fits = (spent <= room[:, None, None]).all(0)
+        gains = torch.where(fits, losses.gather(1, chosen) - losses, 0.0)
+        layer, choice = divmod(int(gains.argmax()), gains.shape[1])
+        if gains[layer, choice] <= 0:
+            return chosen
+        chosen[layer] = choice
+
+
+def _each(costs: Tensor, chosen: Tensor) -> Tensor:
+    """Costs (budgets, layers, 1) of the choices (layers, 1)."""
+    return costs.gather(2, chosen.expand(len(costs), -1, 1))
 
 
 def _costs(

@@ -49,7 +49,7 @@ def test_budgets_are_kept_and_used(network: nn.Module, budget: dict[str, float],
     assert macs <= budget.get("max_macs", 1.0)
     used = [found / most for found, most in ((size, budget.get("max_size")),
             (macs, budget.get("max_macs"))) if most is not None]  # fmt: skip
-    assert max(used) > 0.7  # three layers leave few choices
+    assert max(used) > 0.75  # three layers leave few choices
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert spec == lego.allocate(network, LegoSpec(k=k), **budget, example_input=IMAGE)
 
@@ -61,7 +61,7 @@ def test_within_the_same_costs_less_is_lost_than_with_one_m_for_all() -> None:
     found = lego.allocate(network, uniform, max_size=size, max_macs=macs)
     kept = shares(network, found, None)
     assert all(cost <= most for cost, most in zip(kept, (size, macs), strict=True))
-    assert max(kept[0] / size, kept[1] / macs) > 0.95
+    assert min(kept[0] / size, kept[1] / macs) > 0.98
     left = []
     for spec in (found, uniform):
         converted = lego.convert_(copy.deepcopy(network), plan(network, spec))
@@ -84,7 +84,7 @@ def test_what_a_layer_loses_is_told_within_a_few_hundredths(network: nn.Module) 
         assert _filled(known, 32)[round(m * 32)] == pytest.approx(weight_errors[m], abs=0.06)
 
 
-def test_prices_find_what_trying_all_finds(network: nn.Module) -> None:
+def test_the_search_finds_what_trying_all_finds(network: nn.Module) -> None:
     base = plan(network, LegoSpec(m=0.125, o=1), IMAGE)
     shape = next(iter(base.layers.values())).shape
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def test_prices_find_what_trying_all_finds(network: nn.Module) -> None:
     )  # fmt: skip
     found = _within({"max_size": 0.6}, base, choices)
     assert size(tuple(found)) <= 0.6
-    assert best <= sum(c.loss for c in found) < 1.25 * best
+    assert best <= sum(c.loss for c in found) < 1.05 * best
 
 
 def test_layers_keep_their_own_k_and_types_and_dense_ones_are_skipped(network: nn.Module) -> None:
