@@ -12,6 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import rivals
+import shrink
 
 NAMES = ["1", "3"]
 N_STATE = 18 * 8 + 4 * 8 + 8 * 10 + 10  # of the stem, of its norm's floats and of the classifier
@@ -40,7 +41,7 @@ def test_costs_of_a_dense_network(network: nn.Module) -> None:
 
 
 def test_costs_of_a_factorised_network(network: nn.Module) -> None:
-    found = rivals.SHRINKS["svd"][""](network, NAMES, 0.5).network
+    found = shrink.SHRINKS["svd"][""](network, NAMES, 0.5).network
     first, last = int(0.5 * 12 * 72 / 84), int(0.5 * 8 * 12 / 20)  # ranks
     size = first * (72 + 12) + last * (12 + 8)
     assert rivals.stored_bytes(found) == 4 * (N_STATE + size) + COUNTER
@@ -49,7 +50,7 @@ def test_costs_of_a_factorised_network(network: nn.Module) -> None:
 
 def test_costs_of_a_palette(network: nn.Module) -> None:
     pytest.importorskip("sklearn")
-    found = rivals.palettised(network, NAMES, 0)
+    found = shrink.palettised(network, NAMES, 0)
     assert rivals.stored_bytes(found) == 4 * N_STATE + COUNTER + (864 + 96) // 2 + 2 * 16 * 4
     assert rivals.macs(found) == rivals.macs(network)
     assert len(found.get_submodule("1").weight.unique()) == 16  # type: ignore[arg-type]
@@ -73,8 +74,8 @@ def test_rivals_meet_their_budget(network: nn.Module, method: str, kind: str) ->
 def test_a_factorised_layer_is_one_kernel(network: nn.Module, method: str) -> None:
     pytest.importorskip(rivals.PACKAGES.get(method, "torch"))
     conv = network.get_submodule("1")
-    chain = {"svd": rivals.svd_form, "tucker": rivals.tucker_form}[method](conv, 0.8)
-    kernel = rivals.merged([part.weight for part in chain])
+    chain = {"svd": shrink.svd_form, "tucker": shrink.tucker_form}[method](conv, 0.8)
+    kernel = shrink.merged([part.weight for part in chain])
     x = torch.randn(3, 8, 7, 7)
     whole = torch.conv2d(x, kernel, stride=2, padding=1)
     assert torch.allclose(chain(x), whole, atol=1e-5)
@@ -104,18 +105,18 @@ def test_errors_of_factorised_layers_are_those_of_their_kernels(
     conv = network.get_submodule("1")
     assert isinstance(conv, nn.Conv2d)
     weight = conv.weight.detach().double()
-    chain = rivals.svd_form(conv, share)
+    chain = shrink.svd_form(conv, share)
     u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
     rank = chain[0].out_channels
     lost = (u[:, :rank] * s[:rank] @ vh[:rank] - weight.flatten(1)).square().sum()
-    assert rivals.svd_error(conv, chain) == pytest.approx(float(lost / weight.square().sum()))
-    chain = rivals.tucker_form(conv, share)
+    assert shrink.svd_error(conv, chain) == pytest.approx(float(lost / weight.square().sum()))
+    chain = shrink.tucker_form(conv, share)
     inner, outer = chain[1].in_channels, chain[1].out_channels
     left = torch.linalg.svd(weight.flatten(1)).U[:, :outer]
     right = torch.linalg.svd(weight.transpose(0, 1).flatten(1)).U[:, :inner]
     near = torch.einsum("na,ma,mchw,cb,db->ndhw", left, left, weight, right, right)
     lost = (near - weight).square().sum()
-    assert rivals.tucker_error(conv, chain) == pytest.approx(float(lost / weight.square().sum()))
+    assert shrink.tucker_error(conv, chain) == pytest.approx(float(lost / weight.square().sum()))
 
 
 def test_shares_by_layer_lose_less_at_the_same_cost(network: nn.Module) -> None:
@@ -123,15 +124,15 @@ def test_shares_by_layer_lose_less_at_the_same_cost(network: nn.Module) -> None:
         conv = network.get_submodule("1")
         conv.weight.copy_(conv.weight[:1] * torch.arange(1.0, 13.0).reshape(-1, 1, 1, 1))
     lost = {}
-    for variant, shrink in rivals.SHRINKS["svd"].items():
+    for variant, make in shrink.SHRINKS["svd"].items():
         ratio = rivals.largest_ratio(
-            lambda r, make=shrink: rivals.macs(make(network, NAMES, r).network), 12_000
+            lambda r, make=make: rivals.macs(make(network, NAMES, r).network), 12_000
         )
-        found = shrink(network, NAMES, ratio).network
+        found = make(network, NAMES, ratio).network
         assert rivals.macs(found) <= 12_000
         kept = [found.get_submodule(name) for name in NAMES]
         lost[variant] = sum(
-            rivals.svd_error(network.get_submodule(name), part)
+            shrink.svd_error(network.get_submodule(name), part)
             for name, part in zip(NAMES, kept, strict=True)
             if isinstance(part, nn.Sequential)
         )
