@@ -13,6 +13,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 import legocompress as lego
+from legocompress.calibrate import FEWEST
+from legocompress.calibrate.crops import open_crops
 from legocompress.calibrate.record import LabelledCheck
 from legocompress.checkpoint import check_target
 from legocompress.data import Images
@@ -32,6 +34,7 @@ from .options import (
 )
 
 SYNTHETIC = "synthetic"
+FEW = 256  # photos, below which crops are advised
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Request:
 
     where: str
     images: int
+    crops: int
     epochs: int
     batch_size: int
     workers: int
@@ -101,7 +105,7 @@ def calibrate(
 
 def read_calibration(values: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a calibration out of a command's values."""
-    names = ("images", "epochs", "batch_size", "workers", "data_dir", "split", "labelled")
+    names = ("images", "crops", "epochs", "batch_size", "workers", "data_dir", "split", "labelled")
     return {name: values.pop(name) for name in names}
 
 
@@ -119,7 +123,13 @@ def _named_original(network: nn.Module) -> nn.Module:
 def run(
     network: nn.Module, original: nn.Module, request: Request, target: Path, quiet: bool
 ) -> lego.Calibration:
-    """Calibrate with a bar, and tell accuracies where labelled images are given."""
+    """Calibrate with a bar, and tell accuracies where labelled images are given.
+
+    Raises:
+        UsageError: crops of synthetic images, or `labelled` images without labels.
+    """
+    if request.where == SYNTHETIC and request.crops > 1:
+        raise UsageError("--crops takes parts of photos; leave it out with synthetic images")
     if request.labelled is None:
         return _repair(network, original, request, target, quiet)
     images = _labelled(original, request.labelled, request.data_dir)
@@ -136,7 +146,12 @@ def run(
         before=_known(before.top1),
         after=_known(judge(None).top1),
     )
-    record = record.model_copy(update={"accuracy": told})
+    return _noted(network, record, accuracy=told)
+
+
+def _noted(network: nn.Module, record: lego.Calibration, **more: Any) -> lego.Calibration:
+    """The record with more in it, which the network keeps."""
+    record = record.model_copy(update=more)
     noted: Any = network
     noted.lego_calibration = record
     return record
@@ -153,7 +168,7 @@ def _repair(
         layers = bar.add_task("layers", total=sum(1 for _ in lego.lego_modules(network)))
         tuning = bar.add_task("all together", total=None, visible=request.epochs > 0)
         try:
-            return lego.calibrate_(
+            record = lego.calibrate_(
                 network,
                 original,
                 images,
@@ -171,6 +186,7 @@ def _repair(
                 err=True,
             )
             raise
+    return _noted(network, record, crops=request.crops)
 
 
 def _labelled(original: nn.Module, where: str, data_dir: str | None) -> Images:
@@ -195,9 +211,21 @@ def finish(target: Path) -> None:
 
 
 def _read(original: nn.Module, request: Request, bar: Any) -> Tensor:
-    images = lego.open_images(
-        request.where, original, request.data_dir, request.split, labels=False
-    ).sample(request.images, request.seed)
+    images = open_crops(
+        request.where,
+        original,
+        request.images,
+        request.crops,
+        request.seed,
+        request.data_dir,
+        request.split,
+    )
+    if FEWEST <= images.size < min(FEW, request.images) and request.crops == 1:
+        click.echo(
+            f"{images.size} images are few: --crops {-(-FEW // images.size)} would take as many "
+            "random crops of each",
+            err=True,
+        )
     task = bar.add_task("reading images", total=images.size)
 
     def batches() -> Any:

@@ -75,6 +75,12 @@ calibration_options: Callable[[CommandT], CommandT] = _stack(
             "--images", type=click.IntRange(10), default=1024, help="Images to calibrate with."
         ),
         click.option(
+            "--crops",
+            type=click.IntRange(1),
+            default=1,
+            help="Random crops of each image, where there are few; with 1 images stay whole.",
+        ),
+        click.option(
             "--epochs",
             type=click.IntRange(0),
             default=EPOCHS,

@@ -270,6 +270,8 @@ def print_repairs(found: Calibration) -> None:
 def print_calibration(found: Calibration) -> None:
     """What the calibration used, and the network's outputs before and after."""
     kind = "synthetic images" if found.synthetic else "unlabelled images"
+    if found.crops > 1:
+        kind += f" ({found.crops} random crops of each photo)"
     click.echo(f"calibrated with {found.images} {kind}, one in five held out to judge by:")
     click.echo(f"{'output error':<20} {found.error_before:>10.3f} -> {found.error_after:>10.3f}")
     if found.agreement_before is not None and found.agreement_after is not None:

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -362,6 +363,23 @@ def test_convert_calibrates_too(run: Run, tmp_path: Path) -> None:
     assert [told[name]["synthetic"] for name in told] == [False, True]
     # Judged on other images each: of its own kind.
     assert told[PHOTOS]["sha256"] != told["synthetic"]["sha256"]
+
+
+def test_few_photos_are_cropped_when_asked(run: Run, tmp_path: Path, compressed: Path) -> None:
+    with np.load(PHOTOS) as file:
+        np.savez(tmp_path / "few.npz", images=file["images"][:12])
+    words = ["calibrate", compressed, "--data", tmp_path / "few.npz", "--epochs", 0, "--out"]
+    ran = run(*words, tmp_path / "whole")
+    assert ran.code == 0
+    assert "12 images are few: --crops 22 would take" in ran.err
+    ran = run(*words, tmp_path / "parts", "--crops", 3)
+    assert (ran.code, ran.err) == (0, "")
+    record = lego.load(tmp_path / "parts").lego_calibration
+    assert (record.images, record.crops) == (36, 3)
+    told = "calibrated with 36 unlabelled images (3 random crops of each photo)"
+    assert told in run("report", tmp_path / "parts").out
+    words[3] = "synthetic"
+    failed(run(*words, tmp_path / "other", "--crops", 3), 2, "--crops takes parts of photos")
 
 
 def test_calibration_needs_an_original_and_images(

@@ -45,6 +45,7 @@ class Calibration(_Record):
         seed: of all that is random.
         epochs: of tuning all layers together; 0 where that was left out or did not help.
         norms: whether norm statistics were re-estimated.
+        crops: how many of the images are random crops of one photo; 1 for whole photos.
         accuracy: before and after, where labelled images were given to tell it.
     """
 
@@ -59,4 +60,5 @@ class Calibration(_Record):
     agreement_before: float | None
     agreement_after: float | None
     layers: list[LayerRepair]
+    crops: int = 1
     accuracy: LabelledCheck | None = None

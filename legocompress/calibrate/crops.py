@@ -1,0 +1,104 @@
+"""Few photos -> more images to calibrate on: random crops of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import RandomResizedCrop
+
+from legocompress.calibrate.layers import HELD_OUT
+from legocompress.data import Images, open_images, preprocessing
+from legocompress.errors import DataError
+
+SCALE = (0.3, 1.0)  # share of a photo's area that a crop shows
+RATIO = (3 / 4, 4 / 3)
+
+
+def open_crops(
+    where: str,
+    model: nn.Module,
+    n_images: int,
+    n_crops: int,
+    seed: int = 0,
+    data_dir: str | None = None,
+    split: str = "train",
+) -> Images:
+    """Open images without labels: at most `n_images`, drawn at random, `n_crops` crops of each.
+
+    Args:
+        where: as `open_images` takes it.
+        model: whose preprocessing follows the crop.
+        n_images: photos at most.
+        n_crops: of each; a single one is the whole photo.
+        seed: of what is drawn and of the crops.
+        data_dir: root of a named data set.
+        split: of a named data set.
+
+    Raises:
+        DataError: as `open_images` does.
+    """
+    transform = preprocessing(model)[0]
+    if n_crops > 1:
+        transform = random_crop(transform)
+    images = open_images(where, model, data_dir, split, labels=False, transform=transform)
+    images = images.sample(n_images, seed)
+    return cropped(images, n_crops, seed) if n_crops > 1 else images
+
+
+def random_crop(transform: Callable[[Image], Tensor]) -> Callable[[Image], Tensor]:
+    """A part of the photo, drawn by PyTorch's generator, and then the transform."""
+
+    def crop(photo: Image) -> Tensor:
+        top, left, height, width = RandomResizedCrop.get_params(photo, list(SCALE), list(RATIO))
+        return transform(photo.crop((left, top, left + width, top + height)))
+
+    return crop
+
+
+def cropped(images: Images, n_crops: int, seed: int) -> Images:
+    """`n_crops` times as many images, of a data set whose transform is random.
+
+    Raises:
+        DataError: fewer than `HELD_OUT` photos.
+    """
+    if images.size < HELD_OUT:
+        raise DataError(f"{images.size} photos are too few to crop; at least {HELD_OUT} are needed")
+    crops = Crops(images.dataset, images.size, n_crops, seed)
+    return replace(images, dataset=crops, size=len(crops))
+
+
+@dataclass(frozen=True)
+class Crops(Dataset[tuple[Tensor, int]]):
+    """Each position is a photo with a draw of its own, the same whenever it is asked for.
+
+    `calibrate_` judges by every image at the end of `HELD_OUT`: those are crops of every such
+    photo, so that what it judges by shows no photo that a step uses.
+    """
+
+    photos: Dataset[tuple[Tensor, int]]
+    n_photos: int
+    n_crops: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.n_photos * self.n_crops
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * len(self) + position)
+            return self.photos[self.photo(position)]
+
+    def photo(self, position: int) -> int:
+        """Which photo the image at a position shows."""
+        block, place = divmod(position, HELD_OUT)
+        last = HELD_OUT - 1
+        n_held_out = self.n_photos // HELD_OUT
+        if place == last:
+            return block % n_held_out * HELD_OUT + last
+        block, place = divmod((block * last + place) % (self.n_photos - n_held_out), last)
+        return block * HELD_OUT + place
