@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
-from torchvision.transforms import RandomResizedCrop
 
 import legocompress as lego
+from legocompress.calibrate.crops import random_crop
 from legocompress.calibrate.joint import agreement, output_error
 from legocompress.probe import evaluating
 
 UNSEEN = 3  # one photo in so many is never calibrated on
-SCALE = (0.3, 1.0)  # share of a photo that a view shows
 BATCH = 32
 SQUEEZENET = {
     "mean": (123.68 / 255, 116.779 / 255, 103.939 / 255),
@@ -69,7 +68,7 @@ def views(
     paths = sorted(folder.glob("*.jpg"))
     if not paths:
         raise SystemExit(f"no .jpg in {folder}")
-    transform = create_transform(**resolve_data_config({}, model=network))
+    transform = random_crop(create_transform(**resolve_data_config({}, model=network)))
     unseen = [] if whole else paths[UNSEEN - 1 :: UNSEEN]
     seen = [path for path in paths if path not in unseen]
     with torch.random.fork_rng(devices=[]):
@@ -83,9 +82,7 @@ def views(
 
 def _view(path: Path, transform: Any) -> Tensor:
     with Image.open(path) as image:
-        photo = image.convert("RGB")
-    top, left, height, width = RandomResizedCrop.get_params(photo, list(SCALE), [3 / 4, 4 / 3])
-    view: Tensor = transform(photo.crop((left, top, left + width, top + height)))
+        view: Tensor = transform(image.convert("RGB"))
     return view
 
 
