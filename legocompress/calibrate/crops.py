@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from PIL.Image import Image
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from legocompress.calibrate.layers import HELD_OUT
 from legocompress.data import Images, open_images, preprocessing
-from legocompress.errors import DataError
 
 SCALE = (0.3, 1.0)  # share of a photo's area that a crop shows
 RATIO = (3 / 4, 4 / 3)
@@ -61,23 +60,18 @@ def random_crop(transform: Callable[[Image], Tensor]) -> Callable[[Image], Tenso
 
 
 def cropped(images: Images, n_crops: int, seed: int) -> Images:
-    """`n_crops` times as many images, of a data set whose transform is random.
-
-    Raises:
-        DataError: fewer than `HELD_OUT` photos.
-    """
-    if images.size < HELD_OUT:
-        raise DataError(f"{images.size} photos are too few to crop; at least {HELD_OUT} are needed")
+    """`n_crops` times as many images, of a data set whose transform is random."""
     crops = Crops(images.dataset, images.size, n_crops, seed)
     return replace(images, dataset=crops, size=len(crops))
 
 
 @dataclass(frozen=True)
 class Crops(Dataset[tuple[Tensor, int]]):
-    """Each position is a photo with a draw of its own, the same whenever it is asked for.
+    """All photos in an order of chance, once more for each crop; the same for the same seed.
 
-    `calibrate_` judges by every image at the end of `HELD_OUT`: those are crops of every such
-    photo, so that what it judges by shows no photo that a step uses.
+    So the images that `calibrate_` judges by are crops of any photos. To keep some photos for that
+    alone would be stricter, and costs more than it gives where there are few: what a fit then lacks
+    shows on unseen photos.
     """
 
     photos: Dataset[tuple[Tensor, int]]
@@ -89,16 +83,15 @@ class Crops(Dataset[tuple[Tensor, int]]):
         return self.n_photos * self.n_crops
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        photo, seed = self.draws[position].tolist()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * len(self) + position)
-            return self.photos[self.photo(position)]
+            torch.manual_seed(seed)
+            return self.photos[photo]
 
-    def photo(self, position: int) -> int:
-        """Which photo the image at a position shows."""
-        block, place = divmod(position, HELD_OUT)
-        last = HELD_OUT - 1
-        n_held_out = self.n_photos // HELD_OUT
-        if place == last:
-            return block % n_held_out * HELD_OUT + last
-        block, place = divmod((block * last + place) % (self.n_photos - n_held_out), last)
-        return block * HELD_OUT + place
+    @cached_property
+    def draws(self) -> Tensor:
+        """Which photo each position shows, and the seed of its crop: (n_photos * n_crops, 2)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rounds = [torch.randperm(self.n_photos, generator=generator) for _ in range(self.n_crops)]
+        seeds = torch.randint(2**62, (len(self),), generator=generator)
+        return torch.stack([torch.cat(rounds), seeds], 1)
