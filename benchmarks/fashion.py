@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,12 +108,12 @@ def sized(network: nn.Module, spec: lego.LegoSpec, kind: str) -> lego.LegoSpec:
     """The spec as it is, or m and o by layer within what it costs, as `SIZED` tells."""
     if kind == "uniform":
         return spec
-    uniform = lego.plan(network, spec)
+    costs = lego.measure(lego.convert_(copy.deepcopy(network), lego.plan(network, spec))).totals()
     return lego.allocate(
         network,
         spec,
-        max_size=None if kind == "macs" else uniform.bits / uniform.dense_bits,
-        max_macs=None if kind == "bytes" else uniform.macs / uniform.dense_macs,
+        max_size=None if kind == "macs" else costs["bits"] / costs["dense_bits"],
+        max_macs=None if kind == "bytes" else costs["macs_used_only"] / costs["dense_macs"],
     )
 
 

@@ -140,7 +140,8 @@ spec_options: Callable[[CommandT], CommandT] = _stack(
         click.option(
             "--max-macs",
             type=click.FloatRange(0, 1, min_open=True),
-            help="Share of the dense network's MACs to keep to, likewise.",
+            help="Share of the dense network's MACs to keep to, likewise; of Lego filters, "
+            "those in use count.",
         ),
         click.option(
             "--coefficients/--binary",

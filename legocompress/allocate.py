@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +17,17 @@ from torch import Tensor, nn
 
 from legocompress.convert import check_layers, dense_weight, reasons, relative_error, unit_for
 from legocompress.errors import PlanError, SpecError
-from legocompress.plan import LayerPlan, Plan, deployed_copy, no_gain, plan, unit_shape
+from legocompress.plan import (
+    LayerPlan,
+    Plan,
+    deployed_copy,
+    no_gain,
+    plan,
+    unit_bits,
+    unit_shape,
+)
 from legocompress.spec import LegoSpec, Rule, UnitShape
-from legocompress.unit import assemble
+from legocompress.unit import assemble, lego_macs, used_filters
 
 SPLITS = (1, 2, 4, 8)
 MOST_FRAGMENTS = 8192  # of a layer; more take too long to cluster several times
@@ -29,16 +37,21 @@ LARGEST, TINY = 1 - 1e-6, 1e-12  # squared errors
 MIXES = 33  # of the prices of two budgets
 DECADES = 12  # of prices up and down from one
 HALVINGS = 50
+CORRECTIONS = 8  # of estimates, until those of known MACs must do
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One form of one layer; dense where `shape` is None."""
+    """One form of one layer; dense where `shape` is None.
+
+    MACs are those of the Lego filters that are used, `estimated` where the form was not clustered.
+    """
 
     shape: UnitShape | None
     loss: float
     bits: int
     macs: int
+    estimated: bool = False
 
 
 def allocate(
@@ -61,7 +74,8 @@ def allocate(
         model: the dense network, which stays as it is.
         spec: k, storage types, and which layers; its own m and o are not used.
         max_size: of all parameters, norms included, as a share of the dense network's ideal size.
-        max_macs: of all convs and Linears, as a share of the dense network's.
+        max_macs: of all convs and Linears, as a share of the dense network's; of Lego filters,
+            those that some slot of a split names, since the kernels skip the others.
         seed: of the clustering.
         example_input: as `plan` takes it.
         on_layer: called with layers done and in all.
@@ -91,7 +105,7 @@ def allocate(
         choices.append(_choices(layers[name], row, seed))
         if on_layer is not None:
             on_layer(done, len(layers))
-    return _spec(spec, base, _within(budget, base, choices))
+    return _spec(spec, base, _checked(budget, base, choices, layers, seed))
 
 
 def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]:
@@ -110,37 +124,59 @@ def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]
     return budget
 
 
-@torch.no_grad()
 def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Choice]:
     """The dense layer and its Lego forms."""
-    assert row.spec is not None
     choices = [Choice(None, 0.0, row.dense_bits, row.dense_macs or 0)]
+    n_out = row.weight_shape[0]
     for o in SPLITS:
-        errors: dict[int, float] = {}
+        logs: dict[int, float] = {}  # of squared errors
+        used: dict[int, float] = {}
         for share in SHARES:
-            spec = row.spec.model_copy(update={"m": share, "o": o})
-            shape = unit_shape(row, spec)
+            shape, spec = _form(row, share, o)
             # Where o does not divide the channels, another of `SPLITS` may stand for it.
             if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
                 continue
             if no_gain(shape, spec, row.dense_bits) is None:
-                weight = dense_weight(layer, shape)
-                unit = unit_for(weight, shape, spec, seed)
-                error = relative_error(weight, assemble(shape, *unit)) ** 2
-                errors[shape.n_lego] = max(error, TINY)  # exponentials know no zero
-        for n_lego, error in _filled(errors, row.weight_shape[0]).items():
-            spec = row.spec.model_copy(update={"m": n_lego / row.weight_shape[0], "o": o})
-            shape = unit_shape(row, spec)
+                error, used[shape.n_lego] = _clustered(layer, shape, spec, seed)
+                logs[shape.n_lego] = math.log(error)
+        shares = _filled(used, n_out)
+        for n_lego, log in _filled(logs, n_out).items():
+            shape, spec = _form(row, n_lego / n_out, o)
             if no_gain(shape, spec, row.dense_bits) is None:
-                form = replace(row, shape=shape, spec=spec)
-                choices.append(Choice(shape, signal_lost(error), form.bits, form.macs or 0))
+                share = min(max(shares[n_lego], 0.0), 1.0)
+                estimated = share < 1 and n_lego not in used
+                choices.append(_choice(row, shape, spec, math.exp(log), share, estimated))
     return choices
 
 
-def _filled(errors: dict[int, float], n_out: int) -> dict[int, float]:
-    """Errors by number of Lego filters, also for numbers between and above: exponentials."""
-    filled = dict(errors)
-    known = sorted(errors)
+def _form(row: LayerPlan, m: float, o: int) -> tuple[UnitShape, LegoSpec]:
+    assert row.spec is not None
+    spec = row.spec.model_copy(update={"m": m, "o": o})
+    return unit_shape(row, spec), spec
+
+
+@torch.no_grad()
+def _clustered(
+    layer: nn.Conv2d | nn.Linear, shape: UnitShape, spec: LegoSpec, seed: int
+) -> tuple[float, float]:
+    """The squared relative error, and the share of the Lego filters in all splits that is used."""
+    weight = dense_weight(layer, shape)
+    unit = unit_for(weight, shape, spec, seed)
+    used = used_filters(shape, unit[1]) / (shape.groups * shape.n_split * shape.n_lego)
+    return max(relative_error(weight, assemble(shape, *unit)) ** 2, TINY), used
+
+
+def _choice(
+    row: LayerPlan, shape: UnitShape, spec: LegoSpec, error: float, used: float, estimated: bool
+) -> Choice:
+    macs = min(row.dense_macs or 0, lego_macs(shape, row.pixels or 0, used))
+    return Choice(shape, signal_lost(error), unit_bits(shape, spec), macs, estimated)
+
+
+def _filled(values: dict[int, float], n_out: int) -> dict[int, float]:
+    """Values by number of Lego filters, also for numbers between and above, on straight lines."""
+    filled = dict(values)
+    known = sorted(values)
     if len(known) < 2:
         return filled
     for step in range(1, round(1 / STEP) + 1):
@@ -149,7 +185,7 @@ def _filled(errors: dict[int, float], n_out: int) -> dict[int, float]:
             continue
         a, b = next((p for p in pairwise(known) if n_lego <= p[1]), (known[-2], known[-1]))
         part = (n_lego - a) / (b - a)
-        filled.setdefault(n_lego, errors[a] ** (1 - part) * errors[b] ** part)
+        filled.setdefault(n_lego, (1 - part) * values[a] + part * values[b])
     return filled
 
 
@@ -159,6 +195,28 @@ def signal_lost(error: float) -> float:
     Layers work in a row, so their shares multiply and these costs add up.
     """
     return -math.log1p(-min(error, LARGEST))
+
+
+def _checked(
+    budget: dict[str, float],
+    base: Plan,
+    choices: Sequence[list[Choice]],
+    layers: dict[str, nn.Conv2d | nn.Linear],
+    seed: int,
+) -> list[Choice]:
+    """As `_within`; where MACs count, chosen forms of estimated ones are clustered, too."""
+    for _ in range(CORRECTIONS):
+        chosen = _within(budget, base, choices)
+        if "max_macs" not in budget or not any(choice.estimated for choice in chosen):
+            return chosen
+        for options, choice, row in zip(choices, chosen, base.layers.values(), strict=True):
+            if choice.estimated and choice.shape is not None:
+                m = choice.shape.n_lego / choice.shape.n_out
+                form = _form(row, m, choice.shape.n_split)
+                found = _clustered(layers[row.name], *form, seed)
+                options[options.index(choice)] = _choice(row, *form, *found, False)
+    known = [[choice for choice in options if not choice.estimated] for options in choices]
+    return _within(budget, base, known)
 
 
 def _within(

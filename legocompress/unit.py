@@ -189,11 +189,11 @@ def dense_macs(shape: UnitShape, pixels: int) -> int:
     return dense_params(shape) * pixels
 
 
-def lego_macs(shape: UnitShape, pixels: int) -> int:
+def lego_macs(shape: UnitShape, pixels: int, used: float = 1.0) -> int:
     """Multiply-accumulates of split, transform and merge for this many output pixels.
 
     Transform m*c*kh*kw and merge n*o*k a pixel (LegoNet, eq. 17, generalised to g groups, k terms
-    and padded splits).
+    and padded splits); of the transform only the share `used` of its filters, where that is less.
     """
-    transform = shape.n_filter_values * shape.groups * shape.n_split
+    transform = round(used * shape.n_filter_values * shape.groups * shape.n_split)
     return (transform + shape.n_slots) * pixels

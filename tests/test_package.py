@@ -66,6 +66,7 @@ LAYERS = [
     "calibrate.synthetic",
     "calibrate",
     "data",
+    "calibrate.crops",
     "finetune.seeding",
     "finetune.recipe",
     "finetune.training_data",
