@@ -204,7 +204,7 @@ def _checked(
     layers: dict[str, nn.Conv2d | nn.Linear],
     seed: int,
 ) -> list[Choice]:
-    """As `_within`; where MACs count, chosen forms of estimated ones are clustered, too."""
+    """As `_within`, but with MACs that are known: what is chosen by an estimate is clustered."""
     for _ in range(CORRECTIONS):
         chosen = _within(budget, base, choices)
         if "max_macs" not in budget or not any(choice.estimated for choice in chosen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def test_photos_of_a_folder_are_drawn_first_and_cropped_then(tmp_path: Path) -> 
     several = open_crops(str(tmp_path), model, 8, 4, seed=3)
     assert (whole.size, several.size, several.labelled) == (8, 32, False)
     reds = {round(float(whole.dataset[p][0][0].mean()), 4) for p in range(8)}
+    assert pickle.loads(pickle.dumps(several.dataset)).draws.equal(several.dataset.draws)  # type: ignore[attr-defined]
     batches = [batch[0] for batch in several.batches(16)]
     assert {round(float(image[0].mean()), 4) for batch in batches for image in batch} == reds
     assert len(open_crops(str(tmp_path), model, 8, 1, seed=4).dataset) == 8  # type: ignore[arg-type]

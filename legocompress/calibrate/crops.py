@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from PIL.Image import Image
@@ -51,12 +51,12 @@ def open_crops(
 
 def random_crop(transform: Callable[[Image], Tensor]) -> Callable[[Image], Tensor]:
     """A part of the photo, drawn by PyTorch's generator, and then the transform."""
+    return partial(_crop, transform)  # which reading processes can be sent
 
-    def crop(photo: Image) -> Tensor:
-        top, left, height, width = RandomResizedCrop.get_params(photo, list(SCALE), list(RATIO))
-        return transform(photo.crop((left, top, left + width, top + height)))
 
-    return crop
+def _crop(transform: Callable[[Image], Tensor], photo: Image) -> Tensor:
+    top, left, height, width = RandomResizedCrop.get_params(photo, list(SCALE), list(RATIO))
+    return transform(photo.crop((left, top, left + width, top + height)))
 
 
 def cropped(images: Images, n_crops: int, seed: int) -> Images:
