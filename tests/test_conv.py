@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
+import pickle  # a round trip, as copies between processes make it
 from collections.abc import Callable
 from typing import Any
 

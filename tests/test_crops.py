@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # by which reading processes are sent a data set
 from collections import Counter
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # a hostile file, and the format of CIFAR-10
 import random
 import subprocess
 import sys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickle  # a hostile file
 from pathlib import Path
 from typing import Any
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import pickle
+import pickle  # whose error torch.load raises
 import shutil
 from pathlib import Path
 from typing import Any
