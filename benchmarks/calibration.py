@@ -113,7 +113,7 @@ def _calibrated(task: fashion.Task, setting: Setting, key: Row, layers: bool) ->
     student = copy.deepcopy(task.network)
     clock = Clock()
     m, o, k = setting
-    spec = fashion.sized(student, lego.LegoSpec(m=m, o=o, k=k), key["sized"])
+    spec = fashion.sized(student, lego.LegoSpec(m=m, o=o, k=k), key["sized"], key.get("terms"))
     lego.convert_(student, lego.plan(student, spec), seed)
     spent = clock.spent()
     clustered = task.accuracy(student)
@@ -139,10 +139,15 @@ def _calibrated(task: fashion.Task, setting: Setting, key: Row, layers: bool) ->
     }
 
 
+def _sizes(options: argparse.Namespace, sized: str) -> Row:
+    """How layers are sized, and with how many terms at most where that is by layer."""
+    return {"sized": sized} if sized == "uniform" else {"sized": sized, "terms": options.terms}
+
+
 def _ours(
     results: Results, options: argparse.Namespace, task: Any, key: Row, at: Setting, sized: str
 ) -> Row:
-    key = {**key, "sized": sized}
+    key = {**key, **_sizes(options, sized)}
     return results.measure(
         {"table": "fashion", **key},
         lambda: _calibrated(task(key["network"]), at, key, options.layers),
@@ -191,7 +196,8 @@ def _groups(
         common = {"network": network, "images": options.images, "epochs": options.epochs}
         for m, o, k in options.settings:
             for sized in kinds:
-                rows = results.select(table="fashion", m=m, o=o, k=k, sized=sized, **common)
+                sizes = _sizes(options, sized)
+                rows = results.select(table="fashion", m=m, o=o, k=k, **sizes, **common)
                 if rows:
                     yield network, (m, o, k), sized, rows
 
@@ -302,19 +308,20 @@ def run_networks(options: argparse.Namespace, results: Results) -> bool:
         for k in options.k:
             key = {"table": "networks", "network": name, "k": k, "m": options.m, "o": options.o}
             key |= {"views": options.views, "epochs": options.epochs, "seed": options.seed}
-            key |= {"sized": options.sized}
+            key |= _sizes(options, options.sized)
 
             def run(name: str = name, k: int = k) -> Row:
                 network = open_network(name, options.weights_dir)
                 seen, unseen = views(network, options.photos, options.views, options.seed)
                 spec = lego.LegoSpec(m=options.m, o=options.o, k=k)
-                spec = fashion.sized(network, spec, options.sized)
+                spec = fashion.sized(network, spec, options.sized, options.terms)
                 return agreement_rows(network, spec, seen, unseen, options.epochs, options.seed)
 
             results.measure(key, run)
     print("\nOn views of photos that calibration did not see: before -> after")
     print(f"{'network':22s} {'k':>2s} {'views':>11s} {'top-1 agrees %':>16s} {'output error':>16s}")
-    same = {name: getattr(options, name) for name in ("views", "epochs", "m", "o", "sized")}
+    same = {name: getattr(options, name) for name in ("views", "epochs", "m", "o")}
+    same |= _sizes(options, options.sized)
     rows = results.select(table="networks", seed=options.seed, **same)
     for row in rows:
         pairs = [("agreement_before", "agreement_after"), ("error_before", "error_after")]
@@ -383,6 +390,7 @@ def _parse() -> argparse.Namespace:
     both.add_argument("--out", type=Path, default=Path("calibration.jsonl"), help="file of rows")
     both.add_argument("--threads", type=int, default=2)
     both.add_argument("--epochs", type=int, help="of tuning all layers together")
+    both.add_argument("--terms", type=int, help="most of k where layers are sized; else the same")
     small = argparse.ArgumentParser(add_help=False, parents=[both])
     small.add_argument("--data-dir", type=Path, required=True, help="folder of the four idx.gz")
     small.add_argument("--network", nargs="+", choices=fashion.NETWORKS, default=fashion.NETWORKS)

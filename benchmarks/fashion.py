@@ -28,7 +28,7 @@ import legocompress as lego
 
 SHIPPED = Path(lego.__file__).parent / "demo" / "fashion-resnet"
 NETWORKS = ("shipped", "vgg")
-SIZED = ("uniform", "bytes", "macs", "both")  # m and o as told, or by layer within those costs
+SIZED = ("uniform", "bytes", "macs", "both")  # m, o, k as told, or by layer within those costs
 POOL = 0
 VGG = (16, POOL, 48, 48, POOL, 96, 96, POOL, 128, 128)  # output channels of each conv
 VGG_SIDE = 28
@@ -104,14 +104,19 @@ def load(name: str, data_dir: Path, cache: Path, epochs: int) -> Task:
     )
 
 
-def sized(network: nn.Module, spec: lego.LegoSpec, kind: str) -> lego.LegoSpec:
-    """The spec as it is, or m and o by layer within what it costs, as `SIZED` tells."""
+def sized(
+    network: nn.Module, spec: lego.LegoSpec, kind: str, terms: int | None = None
+) -> lego.LegoSpec:
+    """The spec as it is, or m, o and k by layer within what it costs, as `SIZED` tells.
+
+    `terms` is the most of k; by default that of the spec.
+    """
     if kind == "uniform":
         return spec
     costs = lego.measure(lego.convert_(copy.deepcopy(network), lego.plan(network, spec))).totals()
     return lego.allocate(
         network,
-        spec,
+        spec.model_copy(update={"k": terms or spec.k}),
         max_size=None if kind == "macs" else costs["bits"] / costs["dense_bits"],
         max_macs=None if kind == "bytes" else costs["macs_used_only"] / costs["dense_macs"],
     )

@@ -130,12 +130,16 @@ spec_options: Callable[[CommandT], CommandT] = _stack(
             "--o", type=int, default=2, show_default=True, help="Splits of the input channels."
         ),
         click.option(
-            "--k", type=int, default=1, show_default=True, help="Lego filters summed per slot."
+            "--k",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Lego filters summed per slot; with a budget the most of them.",
         ),
         click.option(
             "--max-size",
             type=click.FloatRange(0, 1, min_open=True),
-            help="Share of the dense network's size to keep to: m and o are chosen by layer.",
+            help="Share of the dense network's size to keep to: m, o and k are chosen by layer.",
         ),
         click.option(
             "--max-macs",

@@ -1,4 +1,4 @@
-"""A budget for the whole network -> m and o of every layer, or that the layer stays dense.
+"""A budget for the whole network -> m, o and k of every layer, or that the layer stays dense.
 
 Layers differ: the early ones of a network hold few weights and do much of the work, the late ones
 hold most weights and do little. One m for all of them spends bytes or MACs where they help least.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ LARGEST, TINY = 1 - 1e-6, 1e-12  # squared errors
 MIXES = 33  # of the prices of two budgets
 DECADES = 12  # of prices up and down from one
 HALVINGS = 50
+TERMS = (1, 2, 4)  # what the most terms a slot are divided by
 CORRECTIONS = 8  # of estimates, until those of known MACs must do
 
 
@@ -64,15 +65,16 @@ def allocate(
     example_input: Tensor | Any | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> LegoSpec:
-    """Choose m and o of each layer so that the network keeps to a budget.
+    """Choose m, o and k of each layer so that the network keeps to a budget.
 
-    Every layer is clustered at several m and o. What is left of its weights' energy there, 1 minus
-    the squared relative error, is multiplied over the layers, and the largest product within the
-    budget is sought by prices on both costs (Everett, 1963).
+    Every layer is clustered at several m, o and k. What is left of its weights' energy there, 1
+    minus the squared relative error, is multiplied over the layers, and the largest product within
+    the budget is sought by prices on both costs (Everett, 1963).
 
     Args:
         model: the dense network, which stays as it is.
-        spec: k, storage types, and which layers; its own m and o are not used.
+        spec: the most terms a slot (k, or half or a quarter of it, is chosen for each layer),
+            storage types, and which layers; its own m and o are not used.
         max_size: of all parameters, norms included, as a share of the dense network's ideal size.
         max_macs: of all convs and Linears, as a share of the dense network's; of Lego filters,
             those that some slot of a split names, since the kernels skip the others.
@@ -126,22 +128,26 @@ def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]
 
 def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Choice]:
     """The dense layer and its Lego forms."""
+    assert row.spec is not None
     choices = [Choice(None, 0.0, row.dense_bits, row.dense_macs or 0)]
     n_out = row.weight_shape[0]
-    for o in SPLITS:
+    clustered: dict[UnitShape, tuple[float, float]] = {}  # few filters are few terms for any k
+    for o, k in product(SPLITS, sorted({max(1, row.spec.k // part) for part in TERMS})):
         logs: dict[int, float] = {}  # of squared errors
         used: dict[int, float] = {}
         for share in SHARES:
-            shape, spec = _form(row, share, o)
+            shape, spec = _form(row, share, o, k)
             # Where o does not divide the channels, another of `SPLITS` may stand for it.
             if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
                 continue
             if no_gain(shape, spec, row.dense_bits) is None:
-                error, used[shape.n_lego] = _clustered(layer, shape, spec, seed)
+                if shape not in clustered:
+                    clustered[shape] = _clustered(layer, shape, spec, seed)
+                error, used[shape.n_lego] = clustered[shape]
                 logs[shape.n_lego] = math.log(error)
         shares = _filled(used, n_out)
         for n_lego, log in _filled(logs, n_out).items():
-            shape, spec = _form(row, n_lego / n_out, o)
+            shape, spec = _form(row, n_lego / n_out, o, k)
             if no_gain(shape, spec, row.dense_bits) is None:
                 share = min(max(shares[n_lego], 0.0), 1.0)
                 estimated = share < 1 and n_lego not in used
@@ -149,10 +155,15 @@ def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Ch
     return choices
 
 
-def _form(row: LayerPlan, m: float, o: int) -> tuple[UnitShape, LegoSpec]:
+def _form(row: LayerPlan, m: float, o: int, k: int) -> tuple[UnitShape, LegoSpec]:
     assert row.spec is not None
-    spec = row.spec.model_copy(update={"m": m, "o": o})
+    spec = row.spec.model_copy(update={"m": m, "o": o, "k": k})
     return unit_shape(row, spec), spec
+
+
+def _settings(shape: UnitShape) -> tuple[float, int, int]:
+    """m, o and k of a form."""
+    return shape.n_lego / shape.n_out, shape.n_split, shape.n_terms
 
 
 @torch.no_grad()
@@ -211,8 +222,7 @@ def _checked(
             return chosen
         for options, choice, row in zip(choices, chosen, base.layers.values(), strict=True):
             if choice.estimated and choice.shape is not None:
-                m = choice.shape.n_lego / choice.shape.n_out
-                form = _form(row, m, choice.shape.n_split)
+                form = _form(row, *_settings(choice.shape))
                 found = _clustered(layers[row.name], *form, seed)
                 options[options.index(choice)] = _choice(row, *form, *found, False)
     known = [[choice for choice in options if not choice.estimated] for options in choices]
@@ -236,9 +246,9 @@ def _within(
         if (loss := float(losses.gather(1, chosen).sum())) < least:
             best, least = chosen[:, 0].tolist(), loss
     if best is None:
+        limits = " and ".join(f"{name}={share:g}" for name, share in budget.items())
         raise SpecError(
-            f"no choice of m and o meets {' and '.join(f'{n}={v:g}' for n, v in budget.items())} "
-            "together; give more of one of them"
+            f"no choice of m, o and k meets {limits} together; give more of one of them"
         )
     return [options[i] for options, i in zip(choices, best, strict=True)]
 
@@ -315,7 +325,7 @@ def _spec(spec: LegoSpec, base: Plan, chosen: Sequence[Choice]) -> LegoSpec:
             skip.append(row.name)
             continue
         ours = spec.for_layer(row.name)
-        same = {field: getattr(ours, field) for field in ("k", "coefficients", "dtype")}
-        m = choice.shape.n_lego / choice.shape.n_out
-        rules.append(Rule(pattern=row.name, m=m, o=choice.shape.n_split, **same))
+        same = {field: getattr(ours, field) for field in ("coefficients", "dtype")}
+        m, o, k = _settings(choice.shape)
+        rules.append(Rule(pattern=row.name, m=m, o=o, k=k, **same))
     return spec.model_copy(update={"rules": tuple(rules), "skip": tuple(skip)})

@@ -42,6 +42,12 @@ def shares(model: nn.Module, spec: LegoSpec, image: Tensor | None = IMAGE) -> tu
     return made.bits / made.dense_bits, totals["macs_used_only"] / totals["dense_macs"]
 
 
+def lost(model: nn.Module, spec: LegoSpec, image: Tensor | None = IMAGE) -> float:
+    """By the layers of the converted network."""
+    converted = lego.convert_(copy.deepcopy(model), plan(model, spec, image))
+    return sum(signal_lost(layer.weight_error**2) for _, layer in lego.lego_modules(converted))
+
+
 @pytest.mark.parametrize(
     "budget", [{"max_size": 0.4}, {"max_macs": 0.7}, {"max_size": 0.5, "max_macs": 0.8}]
 )
@@ -67,13 +73,7 @@ def test_within_the_same_costs_less_is_lost_than_with_one_m_for_all() -> None:
     kept = shares(network, found, None)
     assert all(cost <= most for cost, most in zip(kept, (size, macs), strict=True))
     assert min(kept[0] / size, kept[1] / macs) > 0.98
-    left = []
-    for spec in (found, uniform):
-        converted = lego.convert_(copy.deepcopy(network), plan(network, spec))
-        left.append(
-            sum(signal_lost(layer.weight_error**2) for _, layer in lego.lego_modules(converted))
-        )
-    assert left[0] < 0.95 * left[1]
+    assert lost(network, found, None) < 0.95 * lost(network, uniform, None)
 
 
 def test_without_settling_only_forms_of_known_macs_are_taken(
@@ -127,7 +127,9 @@ def test_the_search_finds_what_trying_all_finds(network: nn.Module) -> None:
     assert best <= sum(c.loss for c in found) < 1.05 * best
 
 
-def test_layers_keep_their_own_k_and_types_and_dense_ones_are_skipped(network: nn.Module) -> None:
+def test_layers_keep_their_own_most_k_and_types_and_dense_ones_are_skipped(
+    network: nn.Module,
+) -> None:
     asked = LegoSpec(k=2, dtype="fp16", rules=("5:k=1",), skip=("1",), coefficients_dtype="bf16")
     found = lego.allocate(network, asked, max_size=0.35, example_input=IMAGE)
     assert found.coefficients_dtype == "bf16"
@@ -139,6 +141,19 @@ def test_layers_keep_their_own_k_and_types_and_dense_ones_are_skipped(network: n
     assert all(rule.o in SPLITS for rule in found.rules)
     made: Plan = plan(network, found, IMAGE)
     assert set(made.layers) == set(rules)
+
+
+def test_layers_take_k_terms_or_fewer_where_that_loses_less(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = LegoSpec(k=8)
+    mixed = lego.allocate(network, asked, max_size=0.3, example_input=IMAGE)
+    monkeypatch.setattr(sys.modules["legocompress.allocate"], "TERMS", (1,))
+    all_eight = lego.allocate(network, asked, max_size=0.3, example_input=IMAGE)
+    assert {rule.k for rule in mixed.rules} == {4, 8}
+    assert {rule.k for rule in all_eight.rules} == {8}
+    assert shares(network, mixed)[0] <= 0.3
+    assert lost(network, mixed) < 0.8 * lost(network, all_eight)
 
 
 def test_a_network_in_training_form_is_sized_as_deployed() -> None:
