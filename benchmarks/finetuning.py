@@ -21,21 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import fashion
+import rivals
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import legocompress as lego
+from legocompress.calibrate import EPOCHS
 from legocompress.convert import Record
 from legocompress.data import preprocessing
+from legocompress.finetune.distill import captured
 from legocompress.finetune.loop import Epoch, finetune_
 from legocompress.finetune.optimize import add_anchor_
 from legocompress.measure import measure
-from legocompress.probe import probe
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"
 FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
-STAGES = ("distill.layers=[layer1, layer2, layer3, layer4]",)  # as the Lego rows compare by default
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # as the Lego rows compare by default
+MOST_TERMS = 8  # a slot, where layers are sized
 TRAINED = (
     "stages=[{epochs: 2, indices: trained, rates: {proxies: 0.1}}, {epochs: 1, indices: frozen}]"
 )
@@ -51,7 +54,7 @@ SCRATCH = (*PAPER, *AUGMENTED, TRAINED, "stages.0.rates.proxies=1", "distill=nul
 class Row:
     """One line of the table: where the network starts, and what the recipe changes."""
 
-    start: str  # dense, calibrated, clustered, kmeans, scratch, svd-*, pruned-*
+    start: str  # dense, calibrated, clustered, kmeans, scratch, or METHOD-BUDGET of `rivals`
     spec: dict[str, Any]
     changes: tuple[str, ...] = ()
     trains: bool = True
@@ -59,16 +62,16 @@ class Row:
 
 ROWS = {
     "dense": Row("dense", {}, trains=False),
-    "dense, trained on": Row("dense", {}, STAGES),
+    "dense, trained on": Row("dense", {}),
 }
 for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
     ROWS |= {
         f"{size}": Row("calibrated", unit),
         f"{size} k=4": Row("calibrated", {**unit, "k": 4}),
         f"{size} k=8": Row("calibrated", {**unit, "k": 8}),
-        f"{size} k=4, by layer": Row("calibrated", {**unit, "k": 4, "sized": "both"}),
-        f"{size} k=4, by layer, bytes": Row("calibrated", {**unit, "k": 4, "sized": "bytes"}),
-        f"{size} k=4, by layer, MACs": Row("calibrated", {**unit, "k": 4, "sized": "macs"}),
+        f"{size} by layer": Row("calibrated", {**unit, "k": 4, "sized": "both"}),
+        f"{size} by layer, bytes": Row("calibrated", {**unit, "k": 4, "sized": "bytes"}),
+        f"{size} by layer, MACs": Row("calibrated", {**unit, "k": 4, "sized": "macs"}),
         f"{size} k=4 augmented": Row("calibrated", {**unit, "k": 4}, AUGMENTED),
         f"{size} AdamW": Row("calibrated", unit, ADAMW),
         f"{size} mixed": Row("calibrated", unit, MIXED),
@@ -81,11 +84,10 @@ for size, unit in (("4x", FOUR), ("16x", SIXTEEN)):
         f"{size} clustered k=4": Row("clustered", {**unit, "k": 4}),
         f"{size} k-means": Row("kmeans", {**unit, "coefficients": False}),
         f"{size} scratch": Row("scratch", unit, SCRATCH),
-        f"{size} svd, bytes": Row("svd-bytes", unit, STAGES),
-        f"{size} svd, MACs": Row("svd-macs", unit, STAGES),
-        f"{size} pruned, bytes": Row("pruned-bytes", unit, STAGES),
-        f"{size} pruned, MACs": Row("pruned-macs", unit, STAGES),
     }
+    for method in ("svd", "tucker", "pruning"):
+        for kind in rivals.COSTS:
+            ROWS[f"{size} {method}, {kind}"] = Row(f"{method}-{kind}", {**unit, "k": 4})
 
 
 def dense() -> nn.Module:
@@ -99,7 +101,7 @@ def start_of(row: Row, data_dir: str, seed: int) -> nn.Module:
     if row.start == "dense":
         return model
     unit = {key: value for key, value in row.spec.items() if key != "sized"}
-    spec = fashion.sized(model, lego.LegoSpec(**unit), row.spec.get("sized", "uniform"))
+    spec = fashion.sized(model, lego.LegoSpec(**unit), row.spec.get("sized", "uniform"), MOST_TERMS)
     if row.start == "scratch":
         torch.manual_seed(seed)
         for module in model.modules():
@@ -107,96 +109,46 @@ def start_of(row: Row, data_dir: str, seed: int) -> nn.Module:
             if reset is not None:
                 reset()
     plan = lego.plan(model, spec)
-    if row.start.startswith(("svd", "pruned")):
-        compressed = measure(lego.convert_(copy.deepcopy(model), plan)).totals()
-        kind, _, budget = row.start.partition("-")
-        key = "bits" if budget == "bytes" else "macs"
-        shrink = factorised if kind == "svd" else pruned
-        return nearest(lambda share: shrink(model, share), key, compressed[key])
+    method, _, kind = row.start.partition("-")
+    if kind:
+        costs = lego.convert_(copy.deepcopy(model), plan)
+        budget = (kind, rivals.COSTS[kind](costs))
+        images = unlabelled(model, data_dir, seed)
+        return rivals.compress(method, model, list(plan.layers), images, budget, EPOCHS, seed)[0]
     lego.convert_(model, plan, seed)
     if row.start == "calibrated":
-        recipe = lego.load_recipe("fashion-mnist", ["data.holdout=0"])
-        train, _ = lego.open_training(model, recipe, data_dir)
-        transform = preprocessing(model)[0]
-        chosen = torch.randperm(55_000, generator=torch.Generator().manual_seed(seed))[:2048]
-        dataset: Any = train.dataset
-        images = torch.stack([transform(dataset[int(i)][0]) for i in chosen])
-        lego.calibrate_(model, dense(), images)
+        lego.calibrate_(model, dense(), unlabelled(model, data_dir, seed))
     return model
+
+
+def unlabelled(model: nn.Module, data_dir: str, seed: int) -> Tensor:
+    """2,048 training images as the network takes them."""
+    recipe = lego.load_recipe("fashion-mnist", ["data.holdout=0"])
+    train, _ = lego.open_training(model, recipe, data_dir)
+    transform = preprocessing(model)[0]
+    chosen = torch.randperm(55_000, generator=torch.Generator().manual_seed(seed))[:2048]
+    dataset: Any = train.dataset
+    return torch.stack([transform(dataset[int(i)][0]) for i in chosen])
+
+
+def taught_layers(model: nn.Module, teacher: nn.Module, images: Tensor) -> list[str]:
+    """Those of the stages whose outputs have kept their shape."""
+    with torch.no_grad(), captured(model, STAGES) as ours, captured(teacher, STAGES) as theirs:
+        model.eval()(images)
+        teacher.eval()(images)
+    return [name for name in STAGES if ours[name].shape == theirs[name].shape]
 
 
 def kept_start(row: Row, args: argparse.Namespace, seed: int) -> nn.Module:
     """As `start_of`; a calibrated network is kept in --out for the rows that share it."""
+    seed = seed if args.start_seed is None else args.start_seed
     if row.start != "calibrated":
         return start_of(row, args.data_dir, seed)
-    seed = seed if args.start_seed is None else args.start_seed
     told = "-".join(f"{key}{value}" for key, value in row.spec.items())
     folder = args.out / "starts" / f"{told}-s{seed}"
     if not folder.exists():
         lego.save(start_of(row, args.data_dir, seed), folder)
     return lego.load(folder)
-
-
-def cost(model: nn.Module, key: str) -> float:
-    """Ideal bits, or MACs of one image."""
-    if key == "bits":
-        return 32.0 * sum(p.numel() for p in model.parameters())
-    calls, _, _ = probe(model, torch.zeros(1, 1, 56, 56))
-    return float(sum(c.pixels * layer.weight.numel() for layer, c in calls.items()))  # type: ignore[operator, union-attr]
-
-
-def nearest(make: Callable[[float], nn.Module], key: str, budget: float) -> nn.Module:
-    """The network of the largest share that keeps the budget."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        share = (low + high) / 2
-        low, high = (share, high) if cost(make(share), key) <= budget else (low, share)
-    return make(low)
-
-
-def factorised(model: nn.Module, share: float) -> nn.Module:
-    """Every conv that conversion takes as two, of a share of its rank, by truncated SVD."""
-    model = copy.deepcopy(model)
-    for name in lego.plan(model, lego.LegoSpec()).layers:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        u, s, v = torch.linalg.svd(conv.weight.detach().flatten(1), full_matrices=False)
-        rank = max(1, round(share * len(s)))
-        size: Any = conv.kernel_size
-        geometry: Any = (conv.stride, conv.padding)
-        narrow = nn.Conv2d(conv.in_channels, rank, size, *geometry, bias=False)
-        wide = nn.Conv2d(rank, conv.out_channels, 1, bias=False)
-        root = s[:rank].sqrt()
-        with torch.no_grad():
-            narrow.weight.copy_((root[:, None] * v[:rank]).reshape(narrow.weight.shape))
-            wide.weight.copy_((u[:, :rank] * root)[:, :, None, None])
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Sequential(narrow, wide))
-    return model
-
-
-def pruned(model: nn.Module, share: float) -> nn.Module:
-    """A share of the channels inside every block, those of largest filters (Li et al., 2017).
-
-    Where that cannot reach the budget, since what leaves a block must keep its shape, every block
-    keeps one channel.
-    """
-    model = copy.deepcopy(model)
-    for block in model.modules():
-        if type(block).__name__ != "BasicBlock":
-            continue
-        part: Any = block
-        keep = max(1, round(share * part.conv1.out_channels))
-        best = part.conv1.weight.detach().abs().sum((1, 2, 3)).topk(keep).indices.sort().values
-        norm = part.bn1
-        for tensor_name in ("weight", "bias"):
-            value: Tensor = getattr(norm, tensor_name).detach()[best]
-            setattr(norm, tensor_name, nn.Parameter(value))
-        norm.running_mean, norm.running_var = norm.running_mean[best], norm.running_var[best]
-        norm.num_features = part.conv1.out_channels = part.conv2.in_channels = keep
-        part.conv1.weight = nn.Parameter(part.conv1.weight.detach()[best])
-        part.conv2.weight = nn.Parameter(part.conv2.weight.detach()[:, best])
-    return model
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> None:
@@ -207,8 +159,12 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     if note.exists():
         return
     changes = [*row.changes, f"seed={seed}", *args.set]
-    recipe = lego.load_recipe("fashion-mnist", changes)
     model = kept_start(row, args, seed)
+    is_lego = isinstance(getattr(model, "lego_record", None), Record)
+    if not is_lego:
+        layers = taught_layers(model, dense(), torch.zeros(1, 1, 56, 56))
+        changes.append(f"distill.layers=[{', '.join(layers)}]" if layers else "distill.features=0")
+    recipe = lego.load_recipe("fashion-mnist", changes)
     train, validation = lego.open_training(model, recipe, args.data_dir)
     if args.images is not None:
         chosen = range(min(args.images, train.size))
@@ -226,7 +182,6 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
               f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
 
     if row.trains:
-        is_lego = isinstance(getattr(model, "lego_record", None), Record)
         out = args.out / label if is_lego else None
         finetune_(model, recipe, train, validation, dense(), out, resume=True, on_epoch=on_epoch)
     after = lego.evaluate(model, tests.batches(250)).top1
