@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from legocompress.convert import check_layers, dense_weight, reasons, relative_error, unit_for
+from legocompress.convert import check_layers, dense_weight, reasons, relative_error, units_for
 from legocompress.errors import PlanError, SpecError
 from legocompress.plan import (
     LayerPlan,
@@ -128,31 +128,42 @@ def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]
 
 def _choices(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Choice]:
     """The dense layer and its Lego forms."""
-    assert row.spec is not None
     choices = [Choice(None, 0.0, row.dense_bits, row.dense_macs or 0)]
     n_out = row.weight_shape[0]
-    clustered: dict[UnitShape, tuple[float, float]] = {}  # few filters are few terms for any k
-    for o, k in product(SPLITS, sorted({max(1, row.spec.k // part) for part in TERMS})):
-        logs: dict[int, float] = {}  # of squared errors
-        used: dict[int, float] = {}
-        for share in SHARES:
+    for o in SPLITS:
+        for k, known in _known(layer, row, o, seed).items():
+            logs = _filled({n_lego: math.log(error) for n_lego, (error, _) in known.items()}, n_out)
+            shares = _filled({n_lego: used for n_lego, (_, used) in known.items()}, n_out)
+            for n_lego, log in logs.items():
+                shape, spec = _form(row, n_lego / n_out, o, k)
+                if no_gain(shape, spec, row.dense_bits) is None:
+                    share = min(max(shares[n_lego], 0.0), 1.0)
+                    estimated = share < 1 and n_lego not in known
+                    choices.append(_choice(row, shape, spec, math.exp(log), share, estimated))
+    return choices
+
+
+def _known(
+    layer: nn.Conv2d | nn.Linear, row: LayerPlan, o: int, seed: int
+) -> dict[int, dict[int, tuple[float, float]]]:
+    """What `_clustered` tells, by k and number of Lego filters."""
+    assert row.spec is not None
+    found: dict[int, dict[int, tuple[float, float]]] = {
+        k: {} for k in sorted({max(1, row.spec.k // part) for part in TERMS})
+    }
+    for share in SHARES:
+        shapes = {}
+        for k in found:
             shape, spec = _form(row, share, o, k)
             # Where o does not divide the channels, another of `SPLITS` may stand for it.
             if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
                 continue
             if no_gain(shape, spec, row.dense_bits) is None:
-                if shape not in clustered:
-                    clustered[shape] = _clustered(layer, shape, spec, seed)
-                error, used[shape.n_lego] = clustered[shape]
-                logs[shape.n_lego] = math.log(error)
-        shares = _filled(used, n_out)
-        for n_lego, log in _filled(logs, n_out).items():
-            shape, spec = _form(row, n_lego / n_out, o, k)
-            if no_gain(shape, spec, row.dense_bits) is None:
-                share = min(max(shares[n_lego], 0.0), 1.0)
-                estimated = share < 1 and n_lego not in used
-                choices.append(_choice(row, shape, spec, math.exp(log), share, estimated))
-    return choices
+                shapes[k] = shape
+        clustered = _clustered(layer, row, list(dict.fromkeys(shapes.values())), seed)
+        for k, shape in shapes.items():
+            found[k][shape.n_lego] = clustered[shape]
+    return found
 
 
 def _form(row: LayerPlan, m: float, o: int, k: int) -> tuple[UnitShape, LegoSpec]:
@@ -168,13 +179,20 @@ def _settings(shape: UnitShape) -> tuple[float, int, int]:
 
 @torch.no_grad()
 def _clustered(
-    layer: nn.Conv2d | nn.Linear, shape: UnitShape, spec: LegoSpec, seed: int
-) -> tuple[float, float]:
-    """The squared relative error, and the share of the Lego filters in all splits that is used."""
-    weight = dense_weight(layer, shape)
-    unit = unit_for(weight, shape, spec, seed)
-    used = used_filters(shape, unit[1]) / (shape.groups * shape.n_split * shape.n_lego)
-    return max(relative_error(weight, assemble(shape, *unit)) ** 2, TINY), used
+    layer: nn.Conv2d | nn.Linear, row: LayerPlan, shapes: Sequence[UnitShape], seed: int
+) -> dict[UnitShape, tuple[float, float]]:
+    """The squared relative error, and the share of the Lego filters in all splits that is used.
+
+    The shapes differ in their number of terms alone.
+    """
+    found: dict[UnitShape, tuple[float, float]] = {}
+    if not shapes or row.spec is None:
+        return found
+    weight = dense_weight(layer, shapes[0])
+    for shape, unit in zip(shapes, units_for(weight, shapes, row.spec, seed), strict=True):
+        used = used_filters(shape, unit[1]) / (shape.groups * shape.n_split * shape.n_lego)
+        found[shape] = max(relative_error(weight, assemble(shape, *unit)) ** 2, TINY), used
+    return found
 
 
 def _choice(
@@ -222,9 +240,9 @@ def _checked(
             return chosen
         for options, choice, row in zip(choices, chosen, base.layers.values(), strict=True):
             if choice.estimated and choice.shape is not None:
-                form = _form(row, *_settings(choice.shape))
-                found = _clustered(layers[row.name], *form, seed)
-                options[options.index(choice)] = _choice(row, *form, *found, False)
+                shape, spec = _form(row, *_settings(choice.shape))
+                found = _clustered(layers[row.name], row, [shape], seed)[shape]
+                options[options.index(choice)] = _choice(row, shape, spec, *found, False)
     known = [[choice for choice in options if not choice.estimated] for options in choices]
     return _within(budget, base, known)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from legocompress.cluster import cluster
+from legocompress.cluster import clusterings
 from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
 from legocompress.errors import ConversionError, PlanError
 from legocompress.models import source_of
@@ -20,6 +20,7 @@ from legocompress.spec import FilterDtype, LegoSpec, UnitShape
 from legocompress.unit import assemble, fragments
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Unit = tuple[Tensor, Tensor, Tensor | None]  # Lego filters, index, coefficients
 TORCH_DTYPES: dict[FilterDtype, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -121,9 +122,7 @@ def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
 
 
 @torch.no_grad()
-def unit_for(
-    weight: Tensor, shape: UnitShape, spec: LegoSpec, seed: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def unit_for(weight: Tensor, shape: UnitShape, spec: LegoSpec, seed: int) -> Unit:
     """Lego filters, index and coefficients of a dense weight, rounded as the spec stores them.
 
     Args:
@@ -132,15 +131,26 @@ def unit_for(
         spec: whether there are coefficients, and the storage types.
         seed: of the clustering.
     """
-    rows = fragments(weight, shape.n_split).reshape(shape.n_fragments, -1)
-    factors = cluster(rows, shape.n_lego, shape.n_terms, spec.coefficients, seed)
-    slots = (shape.n_split, shape.n_out, shape.n_terms)
-    filters = factors.lego_filters.reshape(shape.n_lego, shape.width, *shape.kernel)
-    gains = None
-    if factors.coefficients is not None:
-        filters, gains = balanced(filters, factors.coefficients.reshape(slots))
-        gains = rounded(gains, spec.coefficients_dtype)
-    return rounded(filters, spec.dtype), factors.index.reshape(slots), gains
+    return next(units_for(weight, [shape], spec, seed))
+
+
+@torch.no_grad()
+def units_for(
+    weight: Tensor, shapes: Sequence[UnitShape], spec: LegoSpec, seed: int
+) -> Iterator[Unit]:
+    """As `unit_for` for shapes that differ in their number of terms alone, in less time."""
+    first = shapes[0]
+    rows = fragments(weight, first.n_split).reshape(first.n_fragments, -1)
+    terms = [shape.n_terms for shape in shapes]
+    found = clusterings(rows, first.n_lego, terms, spec.coefficients, seed)
+    for n_terms, factors in zip(terms, found, strict=True):
+        slots = (first.n_split, first.n_out, n_terms)
+        filters = factors.lego_filters.reshape(first.n_lego, first.width, *first.kernel)
+        gains = None
+        if factors.coefficients is not None:
+            filters, gains = balanced(filters, factors.coefficients.reshape(slots))
+            gains = rounded(gains, spec.coefficients_dtype)
+        yield rounded(filters, spec.dtype), factors.index.reshape(slots), gains
 
 
 def dense_weight(layer: nn.Conv2d | nn.Linear, shape: UnitShape) -> Tensor:

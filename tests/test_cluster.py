@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from legocompress.cluster import Factors, cluster
+from legocompress.cluster import Factors, cluster, clusterings
 
 FORMS = [(1, True), (1, False), (3, True), (3, False)]
 
@@ -114,6 +114,19 @@ def test_same_seed_same_bytes_and_global_state_untouched(n_terms: int, coefficie
     again = cluster(x, 40, n_terms, coefficients, seed=3)
     for one, other in zip(first, again, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("coefficients", [True, False])
+def test_several_numbers_of_terms_at_once_are_those_one_by_one(coefficients: bool) -> None:
+    x = rows(150, 12)
+    x[:10] = x[0]
+    for n_lego in (30, 141, 145):  # 141 rows are distinct
+        terms = [4, 1, 2]
+        found = clusterings(x, n_lego, terms, coefficients, 3)
+        for n_terms, got in zip(terms, found, strict=True):
+            wanted = cluster(x, n_lego, n_terms, coefficients, 3)
+            for one, other in zip(got, wanted, strict=True):
+                assert one is other is None or torch.equal(one, other)
 
 
 def test_other_seed_differs() -> None:

@@ -7,6 +7,7 @@ that pull accounted for (exchange.py). Both work on the fragments' Gram matrix, 
 not depend on their dimension. lloyd.py and pursuit.py finish, with one term a fragment or several.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,28 +53,49 @@ def cluster(
     Source: LegoNet (Yang et al., ICML 2019), eq. 3 to 5, for the form; Ward (1963), Hartigan (1975)
     and batch OMP (Rubinstein et al., 2008) for the method.
     """
-    _check(fragments, n_lego, n_terms, coefficients)
+    return next(clusterings(fragments, n_lego, [n_terms], coefficients, seed))
+
+
+def clusterings(
+    fragments: Tensor, n_lego: int, terms: Sequence[int], coefficients: bool, seed: int
+) -> Iterator[Factors]:
+    """As `cluster` for several numbers of terms, whose common start is computed once."""
+    for n_terms in terms:
+        _check(fragments, n_lego, n_terms, coefficients)
     fragments = fragments.detach()
-    if n_lego >= len(fragments):
-        number = torch.arange(len(fragments), device=fragments.device)
-        return _exact_copy(fragments, number, n_lego, n_terms, coefficients)
-    distinct, number = torch.unique(fragments, dim=0, return_inverse=True)
-    if len(distinct) < n_lego or (len(distinct) == n_lego and (coefficients or n_terms == 1)):
-        return _exact_copy(distinct, number, n_lego, n_terms, coefficients)
-    generator = torch.Generator().manual_seed(seed)
+    distinct, number = fragments, torch.arange(len(fragments), device=fragments.device)
+    if n_lego < len(fragments):
+        distinct, number = torch.unique(fragments, dim=0, return_inverse=True)
     x = fragments.to(torch.promote_types(fragments.dtype, torch.float32))
-    scale = x.abs().max()  # not zero: there are two distinct fragments
-    x = x / scale
-    if coefficients:
-        bank = start(x, n_lego, True, generator)
-        state = lloyd(x, bank, True) if n_terms == 1 else alternate(x, bank, n_terms, True)
-        return _restore(_balance(state), scale, fragments.dtype, True)
+    scale = x.abs().max()  # not zero where there are two distinct fragments
+    bank = None
+    for n_terms in terms:
+        # As many plain filters as distinct fragments leave no filter of zeros for further terms.
+        spare = n_lego > len(distinct) or coefficients or n_terms == 1
+        if n_lego >= len(distinct) and spare:
+            yield _exact_copy(distinct, number, n_lego, n_terms, coefficients)
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        if coefficients:
+            bank = start(x / scale, n_lego, True, generator) if bank is None else bank
+            state = _balance(_signed(x / scale, bank, n_terms))
+        else:
+            state = _plain(x / scale, n_lego, n_terms, generator)
+        yield _restore(state, scale, fragments.dtype, coefficients)
+
+
+def _signed(x: Tensor, bank: Tensor, n_terms: int) -> State:
+    return lloyd(x, bank, True) if n_terms == 1 else alternate(x, bank, n_terms, True)
+
+
+def _plain(x: Tensor, n_lego: int, n_terms: int, generator: torch.Generator) -> State:
     mean = x.mean(0)  # k-means does not see a shift, rounding does
+    x = x - mean
     if n_terms == 1:
-        state = lloyd(x - mean, start(x - mean, n_lego, False, generator), False)
+        state = lloyd(x, start(x, n_lego, False, generator), False)
     else:
-        state = learn_plain(x - mean, n_lego, n_terms, generator)
-    return _restore(replace(state, bank=state.bank + mean / n_terms), scale, fragments.dtype, False)
+        state = learn_plain(x, n_lego, n_terms, generator)
+    return replace(state, bank=state.bank + mean / n_terms)
 
 
 def _check(fragments: Tensor, n_lego: int, n_terms: int, coefficients: bool) -> None:
