@@ -30,6 +30,7 @@ from legocompress.spec import LegoSpec, Rule, UnitShape
 from legocompress.unit import assemble, lego_macs, used_filters
 
 SPLITS = (1, 2, 4, 8)
+TERMS = (1, 2, 4)  # what the most terms a slot are divided by
 MOST_FRAGMENTS = 8192  # of a layer; more take too long to cluster several times
 SHARES = (0.0625, 0.25, 0.5, 0.75)  # values of m that are clustered
 STEP = 0.0625  # of the values of m that are chosen from, up to one
@@ -37,7 +38,6 @@ LARGEST, TINY = 1 - 1e-6, 1e-12  # squared errors
 MIXES = 33  # of the prices of two budgets
 DECADES = 12  # of prices up and down from one
 HALVINGS = 50
-TERMS = (1, 2, 4)  # what the most terms a slot are divided by
 CORRECTIONS = 8  # of estimates, until those of known MACs must do
 
 
