@@ -32,7 +32,7 @@ import torch
 from photos import NETWORKS, agreement_rows, open_network, views
 
 import legocompress as lego
-from legocompress.calibrate import EPOCHS
+from legocompress.calibrate.calibration import EPOCHS
 
 TARGETS = {(0.5, 2, 1): 1.5, (0.5, 2, 4): 0.6, (0.25, 4, 1): 6.0, (0.25, 4, 4): 1.2}  # points lost
 MOST_SECONDS = 120.0  # of conversion and calibration, stated for two threads

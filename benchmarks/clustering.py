@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from legocompress.cluster import Factors, cluster
+from legocompress.cluster.clustering import Factors, cluster
 
 WORST_ERROR_RATIO = 1.01  # our squared error over a rival's, on any layer
 LEAST_TIME_RATIO = 3.0  # scikit-learn's total time over ours

@@ -34,8 +34,10 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.checkpoint import skeleton_of
 from legocompress.errors import LegoError
-from legocompress.models import Source, build, default_args
-from legocompress.probe import evaluating, model_cfg
+from legocompress.models.factory import build
+from legocompress.models.probe import evaluating, model_cfg
+from legocompress.models.resolution import default_args
+from legocompress.state.source import Source
 
 EXACT = lego.LegoSpec(m=2, o=2, allow_expansion=True)
 SIZES = (64, 96, 128, 160, 192, 224, 256)

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.errors import ExportError
 from legocompress.export.program import differences, example_images
-from legocompress.models import build, source_of
+from legocompress.models.factory import build
+from legocompress.models.source import source_of
 
 REAL = {
     "squeezenet1_1": ("torchvision/squeezenet1_1", {}),

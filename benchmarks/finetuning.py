@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 import legocompress as lego
-from legocompress.calibrate import EPOCHS
-from legocompress.convert import Record
-from legocompress.data import preprocessing
+from legocompress.calibrate.calibration import EPOCHS
+from legocompress.data.images import preprocessing
 from legocompress.finetune.distill import captured
 from legocompress.finetune.loop import Epoch, finetune_
 from legocompress.finetune.optimize import add_anchor_
-from legocompress.measure import measure
+from legocompress.report.measurement import measure
+from legocompress.state.conversion import ConversionRecord
 
 SHIPPED = Path(str(files("legocompress"))) / "demo"
 FOUR, SIXTEEN = {"m": 0.5, "o": 2}, {"m": 0.25, "o": 4}
@@ -160,7 +160,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
         return
     changes = [*row.changes, f"seed={seed}", *args.set]
     model = kept_start(row, args, seed)
-    is_lego = isinstance(getattr(model, "lego_record", None), Record)
+    is_lego = isinstance(getattr(model, "lego_record", None), ConversionRecord)
     if not is_lego:
         layers = taught_layers(model, dense(), torch.zeros(1, 1, 56, 56))
         changes.append(f"distill.layers=[{', '.join(layers)}]" if layers else "distill.features=0")

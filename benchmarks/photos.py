@@ -17,7 +17,7 @@ from torchvision.models.vgg import cfgs, make_layers
 import legocompress as lego
 from legocompress.calibrate.crops import random_crop
 from legocompress.calibrate.joint import agreement, output_error
-from legocompress.probe import evaluating
+from legocompress.models.probe import evaluating
 
 UNSEEN = 3  # one photo in so many is never calibrated on
 BATCH = 32

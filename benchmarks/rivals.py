@@ -23,8 +23,8 @@ from shrink import PALETTE_BITS, SHRINKS, Palette, Shrink, convs_of, palettised
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.calibrate import _keep_if_better
 from legocompress.calibrate.basis import input_bases
+from legocompress.calibrate.calibration import _keep_if_better
 from legocompress.calibrate.front import Front, steps
 from legocompress.calibrate.joint import (
     RATES,
@@ -36,9 +36,9 @@ from legocompress.calibrate.joint import (
 from legocompress.calibrate.layers import DAMPING, HELD_OUT, SAMPLES, sample
 from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.stream import run_to
-from legocompress.codec import encode
-from legocompress.measure import fvcore_macs
-from legocompress.probe import default_input, evaluating
+from legocompress.checkpoint.codec import encode
+from legocompress.models.probe import default_input, evaluating
+from legocompress.report.macs import fvcore_macs
 
 METHODS = (*SHRINKS, "palette")
 BATCH = 32

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import legocompress as lego
-from legocompress.allocate import signal_lost
 from legocompress.calibrate.moments import Moments
-from legocompress.plan import LayerPlan
-from legocompress.probe import default_input
+from legocompress.compress.forms import signal_lost
+from legocompress.compress.plan_types import LayerPlan
+from legocompress.models.probe import default_input
 
 PALETTE_BITS = 4
 MOST_PRUNED = 0.95  # of a layer, where layers are ranked together

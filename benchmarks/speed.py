@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.benchmark import rivals
-from legocompress.benchmark.rivals import AGAINST, Form
 from legocompress.deploy.graph import trace
 from legocompress.deploy.site import ConvSite
+from legocompress.report import rivals
+from legocompress.report.rivals import AGAINST, Form
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2")
 SETTINGS = {"m0.5-o2": (0.5, 2, 1), "m0.25-o4": (0.25, 4, 1),

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import legocompress as lego
-from legocompress.data import Images
+from legocompress.data.images import Images
 from legocompress.spec import FilterDtype
 
 DTYPES: tuple[FilterDtype, ...] = ("fp32", "fp16", "bf16", "int8")

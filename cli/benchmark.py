@@ -10,10 +10,10 @@ import torch
 from rich.progress import Progress, TaskID
 
 import legocompress as lego
-from legocompress.benchmark.compare import BenchmarkRun
-from legocompress.benchmark.rivals import AGAINST, Against
 from legocompress.errors import UsageError
-from legocompress.probe import default_input
+from legocompress.models.probe import default_input
+from legocompress.report.rivals import AGAINST, Against
+from legocompress.report.versus_dense import BenchmarkRun
 
 from . import render
 from .options import SeveralValues, json_option, progress

@@ -13,13 +13,13 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.calibrate import FEWEST
+from legocompress.calibrate.calibration import FEWEST
 from legocompress.calibrate.crops import open_crops
-from legocompress.calibrate.record import LabelledCheck
 from legocompress.checkpoint import check_target
-from legocompress.data import Images
+from legocompress.data.images import Images
 from legocompress.errors import UsageError
-from legocompress.models import source_of
+from legocompress.models.source import source_of
+from legocompress.state.calibration import LabelledCheck
 
 from . import render
 from .options import (

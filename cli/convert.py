@@ -13,8 +13,9 @@ from torch import nn
 
 import legocompress as lego
 from legocompress.checkpoint import check_target
+from legocompress.compress.plan_types import Plan
+from legocompress.compress.planning import plan
 from legocompress.errors import UsageError
-from legocompress.plan import Plan, plan
 from legocompress.spec import LegoSpec
 
 from . import calibrate, render

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 import legocompress as lego
+from legocompress.checkpoint.hub import is_hub_name
 from legocompress.errors import UsageError
-from legocompress.hub import is_hub_name
 
 from . import render
 from .options import force_option, json_option

@@ -23,8 +23,8 @@ from legocompress.finetune.loop import Epoch, finetune_, noted_original
 from legocompress.finetune.recipe import Recipe, load_recipe, shipped_recipes
 from legocompress.finetune.trainer import Progress as Step
 from legocompress.finetune.training_data import open_training
-from legocompress.head import reset_classifier_
-from legocompress.models import source_of
+from legocompress.models.head import reset_classifier_
+from legocompress.models.source import source_of
 
 from . import render
 from .options import force_option, json_option, original_of, original_options, read_device

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import legocompress as lego
-from legocompress.calibrate import EPOCHS
+from legocompress.calibrate.calibration import EPOCHS
 from legocompress.errors import SpecError, UsageError, first_line
-from legocompress.models import source_of
+from legocompress.models.source import source_of
 from legocompress.spec import LegoSpec
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])

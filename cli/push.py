@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import legocompress as lego
-from legocompress.push import MESSAGE, model_card
+from legocompress.export.hub_upload import MESSAGE, model_card
 
 from . import render
 from .options import json_option

@@ -13,12 +13,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from legocompress.benchmark.compare import BenchmarkRun
 from legocompress.calibrate import Calibration
-from legocompress.evaluate import Evaluation
+from legocompress.compress.plan_types import LayerPlan, Plan
+from legocompress.data.evaluation import Evaluation
 from legocompress.finetune.recipe import Recipe
-from legocompress.measure import LayerReport, Report
-from legocompress.plan import LayerPlan, Plan
+from legocompress.report.results import LayerReport, Report
+from legocompress.report.versus_dense import BenchmarkRun
 
 
 def print_json(value: Any) -> None:

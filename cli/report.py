@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import legocompress as lego
-from legocompress.hub import local_folder
+from legocompress.checkpoint.hub import local_folder
 
 from . import render
 from .options import device_option, json_option, read_device

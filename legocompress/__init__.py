@@ -2,23 +2,17 @@
 
 from importlib.metadata import version
 
-from legocompress.allocate import allocate
-from legocompress.benchmark import BenchmarkRun, benchmark
-from legocompress.calibrate import Calibration, calibrate_, gather, synthesise
+from legocompress.calibrate import Calibration, synthesise
+from legocompress.calibrate.calibration import calibrate_, gather
 from legocompress.checkpoint import load, open_model, save
-from legocompress.conv import (
-    LegoModule,
-    freeze_,
-    freeze_indices_,
-    lego_modules,
-    to_dense_,
-    train_indices_,
-)
-from legocompress.convert import convert_
-from legocompress.data import open_images
+from legocompress.compress.budget import allocate
+from legocompress.compress.convert import convert_
+from legocompress.compress.plan_types import Plan
+from legocompress.compress.planning import plan
+from legocompress.data.evaluation import Evaluation, evaluate
+from legocompress.data.images import open_images
 from legocompress.deploy import Deployment, deploy_, undeploy_
 from legocompress.errors import LegoError
-from legocompress.evaluate import Evaluation, evaluate
 from legocompress.export import (
     Exported,
     export_dense,
@@ -27,13 +21,17 @@ from legocompress.export import (
     export_timm,
     to_dense,
 )
+from legocompress.export.hub_upload import push
 from legocompress.finetune import Recipe, finetune_, load_recipe, open_training
-from legocompress.head import reset_classifier_
-from legocompress.measure import Report, measure
-from legocompress.models import Source, create
-from legocompress.plan import Plan, plan
-from legocompress.push import push
+from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.surgery import freeze_, freeze_indices_, to_dense_, train_indices_
+from legocompress.models.factory import create
+from legocompress.models.head import reset_classifier_
+from legocompress.report.measurement import measure
+from legocompress.report.results import Report
+from legocompress.report.versus_dense import BenchmarkRun, benchmark
 from legocompress.spec import LegoSpec, Rule
+from legocompress.state.source import Source
 
 __version__ = version("legocompress")
 

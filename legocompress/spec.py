@@ -6,7 +6,6 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,49 +14,6 @@ from legocompress.errors import PatternError, SpecError
 
 StorageDtype = Literal["fp32", "fp16", "bf16"]
 FilterDtype = Literal["fp32", "fp16", "bf16", "int8"]
-STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8}
-SCALE_BITS: dict[str, int] = {"int8": 16}  # of the scale that each int8 filter has
-
-
-@dataclass(frozen=True)
-class UnitShape:
-    """The integer sizes that define one Lego unit; everything else about it is derived.
-
-    A dense weight F has shape (n_out, channels, *kernel), where channels = c / groups.
-    """
-
-    n_out: int
-    channels: int
-    kernel: tuple[int, int]
-    groups: int
-    n_lego: int
-    n_split: int
-    n_terms: int
-
-    @property
-    def width(self) -> int:
-        """Input channels of one fragment; the last fragment is padded with zeros up to it."""
-        return -(-self.channels // self.n_split)
-
-    @property
-    def n_fragments(self) -> int:
-        """Fragments of the whole layer: one a (split, output channel)."""
-        return self.n_split * self.n_out
-
-    @property
-    def n_slots(self) -> int:
-        """Entries of the index, and of the coefficients."""
-        return self.n_fragments * self.n_terms
-
-    @property
-    def n_filter_values(self) -> int:
-        """Numbers in the bank of Lego filters."""
-        return self.n_lego * self.width * self.kernel[0] * self.kernel[1]
-
-    @property
-    def index_bits(self) -> int:
-        """Bits of one index: ceil(log2(n_lego)), 0 where there is one Lego filter only."""
-        return (self.n_lego - 1).bit_length()
 
 
 class _Value(BaseModel):

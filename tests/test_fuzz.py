@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.codec import own_tensors
+from legocompress.checkpoint.codec import own_tensors
 from legocompress.errors import LegoError
 
 SHARDS, PER_SHARD = 8, 2500

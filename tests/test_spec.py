@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from legocompress.errors import PatternError, SpecError, UsageError
-from legocompress.spec import LegoSpec, Rule, UnitShape, check_patterns, matches
+from legocompress.lego.shape import UnitShape
+from legocompress.spec import LegoSpec, Rule, check_patterns, matches
 
 NAMES = ["stem.conv", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "fc"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from legocompress.calibrate.layers import sample
 from legocompress.calibrate.stream import Call, hear_calls
-from legocompress.conv import LegoModule
+from legocompress.lego.module import LegoModule
 
 IMAGES = 64
 SAMPLES = 4_096

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 
-from legocompress.data import Images, open_images, preprocessing
+from legocompress.data.images import Images, open_images, preprocessing
 
 SCALE = (0.3, 1.0)  # share of a photo's area that a crop shows
 RATIO = (3 / 4, 4 / 3)

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from legocompress.calibrate.record import LayerRepair
-from legocompress.conv import LegoModule
 from legocompress.files import writing
+from legocompress.lego.module import LegoModule
+from legocompress.state.calibration import LayerRepair
 
 
 def digest(*tensors: Tensor) -> str:

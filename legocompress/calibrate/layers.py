@@ -12,11 +12,11 @@ from torch import Tensor
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.journal import Journal
 from legocompress.calibrate.moments import Moments
-from legocompress.calibrate.record import LayerRepair
 from legocompress.calibrate.solve import Unit, fit_unit
 from legocompress.calibrate.stream import Call, run_to
-from legocompress.conv import LegoModule, lego_modules
-from legocompress.convert import balanced, rounded
+from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.storage import balance_scales, round_to_storage
+from legocompress.state.calibration import LayerRepair
 
 SAMPLES = 32_768
 HELD_OUT = 5  # one image of so many tells when to stop
@@ -131,9 +131,9 @@ def write_(layer: LegoModule, unit: Unit) -> None:
     filters = unit.bank.reshape(layer.lego_filters.shape)
     if layer.coefficients is not None:
         assert unit.gains is not None
-        filters, gains = balanced(filters, unit.gains)
-        layer.coefficients.copy_(rounded(gains, layer.coefficients_dtype))
-    layer.lego_filters.copy_(rounded(filters, layer.storage_dtype))
+        filters, gains = balance_scales(filters, unit.gains)
+        layer.coefficients.copy_(round_to_storage(gains, layer.coefficients_dtype))
+    layer.lego_filters.copy_(round_to_storage(filters, layer.storage_dtype))
     layer.index.copy_(unit.index)
     layer.frozen_weight = None
 

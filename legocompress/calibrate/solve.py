@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from legocompress.calibrate.moments import TINY, Moments
-from legocompress.cluster import cluster
+from legocompress.cluster.clustering import cluster
 from legocompress.cluster.pursuit import pursue
 from legocompress.cluster.state import segment_sum, segments
-from legocompress.spec import UnitShape
+from legocompress.lego.shape import UnitShape
 
 ROUNDS = 30
 CONJUGATE_STEPS = 8

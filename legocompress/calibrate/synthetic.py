@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from legocompress.errors import DataError
-from legocompress.probe import default_input, evaluating
+from legocompress.models.probe import default_input, evaluating
 
 STEPS = 100
 RATE = 0.1

@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.models._hub import filter_pretrained_cfg
 from torch import nn
 
-from legocompress.bounds import check_input_size
-from legocompress.calibrate.record import Calibration
-from legocompress.deploy.choices import Choices
+from legocompress.checkpoint.limits import check_input_size
 from legocompress.errors import CheckpointError
-from legocompress.models import Source
-from legocompress.probe import model_cfg
+from legocompress.models.probe import model_cfg
 from legocompress.spec import FilterDtype, StorageDtype
+from legocompress.state.calibration import Calibration
+from legocompress.state.deployment import Choices
+from legocompress.state.source import Source
 
 FORMAT_VERSION = 1
 VERSION = version("legocompress")

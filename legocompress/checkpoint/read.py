@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from legocompress.bounds import building_at_most, check_arguments
+from legocompress.checkpoint.codec import own_tensors, packed_bytes, scales_name, unpack_index
 from legocompress.checkpoint.config import (
     CONFIG,
     MAX_CONFIG_BYTES,
@@ -19,15 +19,19 @@ from legocompress.checkpoint.config import (
     LayerConfig,
     read_config,
 )
+from legocompress.checkpoint.hub import is_hub_name, local_folder
+from legocompress.checkpoint.limits import building_at_most, check_arguments
 from legocompress.checkpoint.write import fresh_network, skeleton_of
-from legocompress.codec import own_tensors, packed_bytes, scales_name, unpack_index
-from legocompress.conv import LegoModule, become_lego_, guard_fusing_, lego_modules
-from legocompress.convert import TORCH_DTYPES, Record, dequantized
 from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
-from legocompress.hub import is_hub_name, local_folder
-from legocompress.models import Source, create
-from legocompress.probe import model_cfg
-from legocompress.spec import LegoSpec, UnitShape
+from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.shape import UnitShape
+from legocompress.lego.storage import TORCH_DTYPES, dequantize_filters
+from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.models.factory import create
+from legocompress.models.probe import model_cfg
+from legocompress.spec import LegoSpec
+from legocompress.state.conversion import ConversionRecord
+from legocompress.state.source import Source
 
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
                  "float64": torch.float64}  # fmt: skip
@@ -63,7 +67,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     noted: Any = model
     noted.lego_source = source
     if block.spec is not None:
-        noted.lego_record = Record(
+        noted.lego_record = ConversionRecord(
             _spec(folder, block.spec), block.seed or 0, dict(block.skipped), block.recipe
         )
     if block.calibration is not None:
@@ -147,7 +151,7 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
                 if bool((stored_as == -128).any()):
                     raise CheckpointError(f"tensor {name!r} holds -128, outside -127 to 127")
                 unit_scales = _read_scales(file, scales_name(name), module.lego_shape)
-                tensor.data = dequantized(stored_as, unit_scales, memory)
+                tensor.data = dequantize_filters(stored_as, unit_scales, memory)
             else:
                 tensor.data = stored_as.to(memory)
         elif stored_as.dtype != tensor.dtype and not (

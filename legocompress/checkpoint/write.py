@@ -9,6 +9,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
+from legocompress.checkpoint.codec import encode, own_tensors
 from legocompress.checkpoint.config import (
     CONFIG,
     FORMAT_VERSION,
@@ -19,12 +20,13 @@ from legocompress.checkpoint.config import (
     config_text,
     timm_config,
 )
-from legocompress.codec import encode, own_tensors
-from legocompress.conv import LegoModule, lego_modules
-from legocompress.convert import Record
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, UsageError
 from legocompress.files import check_free, write_tensors, writing
-from legocompress.models import Source, build, source_of
+from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.models.factory import build
+from legocompress.models.source import source_of
+from legocompress.state.conversion import ConversionRecord
+from legocompress.state.source import Source
 
 LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
 
@@ -57,10 +59,10 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         library=source.library,
         reparameterized=source.reparameterized,
         weights=source.weights,
-        spec=record.spec.model_dump(mode="json") if isinstance(record, Record) else None,
-        seed=record.seed if isinstance(record, Record) else None,
-        skipped=record.skipped if isinstance(record, Record) else {},
-        recipe=record.recipe if isinstance(record, Record) else None,
+        spec=record.spec.model_dump(mode="json") if isinstance(record, ConversionRecord) else None,
+        seed=record.seed if isinstance(record, ConversionRecord) else None,
+        skipped=record.skipped if isinstance(record, ConversionRecord) else {},
+        recipe=record.recipe if isinstance(record, ConversionRecord) else None,
         layers=layers,
         calibration=getattr(model, "lego_calibration", None),
         deployment=getattr(model, "lego_choices", ()),

@@ -4,45 +4,15 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from legocompress import kernels
+from legocompress.state.deployment import ConvRoute, Machine, PoolRoute
 
-Format = Literal["nchw", "channels_last"]
-ConvRoute = Literal["assemble", "onednn", "reference", "table", "fused", "winograd"]
-PoolRoute = Literal["plain", "kernel"]
-SiteRoute = ConvRoute | PoolRoute
 DENSE_ROUTES: tuple[ConvRoute, ...] = ("assemble", "onednn")
 POOL_ROUTES: tuple[PoolRoute, ...] = ("plain", "kernel")
-
-Text = Annotated[str, Field(max_length=1000)]
-
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Machine(_Value):
-    """What a choice of routes holds for; on another machine, or at other sizes, it is a guess."""
-
-    processor: Text
-    instructions: Text
-    threads: int = Field(ge=1, le=2**20)
-    torch: Text
-    input_shapes: tuple[tuple[int, ...], ...]
-    dtype: Text
-
-
-class Choices(_Value):
-    """A memory format for each graph of the network, and a route for each layer in them."""
-
-    machine: Machine
-    formats: dict[Text, Format]
-    routes: dict[Text, SiteRoute]
 
 
 def this_machine(inputs: tuple[Tensor, ...]) -> Machine:

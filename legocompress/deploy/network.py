@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.conv import Replacement, lego_modules
-from legocompress.deploy.choices import Choices, ConvRoute, Format, this_machine
+from legocompress.deploy.choices import this_machine
 from legocompress.deploy.graph import Graph, trace
 from legocompress.deploy.site import is_site
 from legocompress.deploy.taped import taped
 from legocompress.deploy.tune import Routes, TunedGraph, given, in_layout, measured, misfit
 from legocompress.errors import DeployError, UsageError
-from legocompress.probe import default_input, evaluating
+from legocompress.lego.module import lego_modules
+from legocompress.lego.surgery import Replacement
+from legocompress.models.probe import default_input, evaluating
+from legocompress.state.deployment import Choices, ConvRoute, Format
 
 MAX_HINTS = 16
 ModelT = TypeVar("ModelT", bound=nn.Module)

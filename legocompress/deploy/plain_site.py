@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.choices import PoolRoute
 from legocompress.deploy.site import Activation, activate_
+from legocompress.state.deployment import PoolRoute
 
 
 class PlainSite(nn.Module, ABC):

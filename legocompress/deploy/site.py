@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from legocompress import kernels
-from legocompress.conv import LegoModule, replaced_class
-from legocompress.deploy.choices import ConvRoute, Format
-from legocompress.spec import UnitShape
-from legocompress.unit import assemble, merge_by_table, slot_table, split_transform_merge
+from legocompress.lego.algebra import assemble, merge_by_table, slot_table, split_transform_merge
+from legocompress.lego.module import LegoModule, replaced_class
+from legocompress.lego.shape import UnitShape
+from legocompress.state.deployment import ConvRoute, Format
 
 Activation = Literal["none", "relu", "relu6", "silu"]
 # Of input, residual, and whether the residual's memory is free for the output.

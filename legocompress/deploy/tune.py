@@ -10,19 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from legocompress.deploy.choices import (
-    DENSE_ROUTES,
-    POOL_ROUTES,
-    Choices,
-    ConvRoute,
-    Format,
-    SiteRoute,
-)
+from legocompress.deploy.choices import DENSE_ROUTES, POOL_ROUTES
 from legocompress.deploy.graph import Graph
 from legocompress.deploy.plain_site import PlainSite
 from legocompress.deploy.site import LAYOUT, ConvSite
 from legocompress.deploy.taped import taped
 from legocompress.deploy.timing import fastest, interleaved, settling
+from legocompress.state.deployment import Choices, ConvRoute, Format, SiteRoute
 
 TOLERANCE = 1e-4
 NOISE = 1.05  # of a layer timed alone

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from legocompress.checkpoint import CONFIG, TENSORS, check_target, config_text, timm_config
-from legocompress.conv import to_dense_
 from legocompress.errors import ExportError, LegoError
 from legocompress.files import write_tensors, writing
-from legocompress.models import create, source_of
+from legocompress.lego.surgery import to_dense_
+from legocompress.models.factory import create
+from legocompress.models.source import source_of
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -15,13 +15,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from legocompress import kernels
-from legocompress.codec import stored_filters
-from legocompress.conv import LegoModule, lego_modules, to_dense_
-from legocompress.convert import TORCH_DTYPES, rounded
+from legocompress.checkpoint.codec import stored_filters
 from legocompress.deploy.network import deploy_, deployed_graph
 from legocompress.errors import DeployError, ExportError, KernelError, UsageError, first_line
 from legocompress.files import check_free, writing
-from legocompress.probe import default_input
+from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.storage import TORCH_DTYPES, round_to_storage
+from legocompress.lego.surgery import to_dense_
+from legocompress.models.probe import default_input
 
 Form = Literal["lego", "assemble-at-load", "dense", "fused"]
 # What an export may differ from the network by: float32 sums in another order, no more.
@@ -62,7 +63,11 @@ class StoredUnit(nn.Module):
         gains = None
         if module.coefficients is not None:
             dtype = module.coefficients_dtype
-            gains = rounded(module.coefficients.detach(), dtype).to(TORCH_DTYPES[dtype]).clone()
+            gains = (
+                round_to_storage(module.coefficients.detach(), dtype)
+                .to(TORCH_DTYPES[dtype])
+                .clone()
+            )
         self.register_buffer("coefficients", gains)
 
     def forward(self) -> dict[str, Tensor]:
@@ -147,9 +152,9 @@ def reference(model: nn.Module, form: Form) -> nn.Module:
     copied = copy.deepcopy(model)
     for _, module in lego_modules(copied) if form in ("lego", "assemble-at-load") else ():
         module.frozen_weight = None
-        module.lego_filters.data = rounded(module.lego_filters.data, module.storage_dtype)
+        module.lego_filters.data = round_to_storage(module.lego_filters.data, module.storage_dtype)
         if module.coefficients is not None:
-            gains = rounded(module.coefficients.data, module.coefficients_dtype)
+            gains = round_to_storage(module.coefficients.data, module.coefficients_dtype)
             module.coefficients.data = gains
     dense = to_dense_(copied).float().to(memory_format=torch.contiguous_format)
     return dense.cpu().eval()

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from legocompress.conv import lego_modules
-from legocompress.data import UNLABELLED
+from legocompress.data.datasets import UNLABELLED
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.recipe import Distill, Recipe
+from legocompress.lego.module import lego_modules
 
 
 class Criterion:

@@ -6,24 +6,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
 
-from legocompress.conv import freeze_indices_
-from legocompress.convert import Record
-from legocompress.data import Images
+from legocompress.data.evaluation import evaluate
+from legocompress.data.images import Images
 from legocompress.errors import UsageError
-from legocompress.evaluate import evaluate
 from legocompress.finetune.distributed import Processes
 from legocompress.finetune.recipe import Recipe
 from legocompress.finetune.run_folder import BEST, LAST, RunFolder
 from legocompress.finetune.seeding import randomness_kept
 from legocompress.finetune.trainer import Progress, Trainer
-from legocompress.models import create, source_of
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
+from legocompress.lego.module import ModelT
+from legocompress.lego.surgery import freeze_indices_
+from legocompress.models.factory import create
+from legocompress.models.source import source_of
+from legocompress.state.conversion import ConversionRecord
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _note_recipe(model: nn.Module, recipe: Recipe) -> None:
     record = getattr(model, "lego_record", None)
-    if isinstance(record, Record):
+    if isinstance(record, ConversionRecord):
         noted: Any = model
         noted.lego_record = replace(record, recipe=recipe.model_dump(mode="json"))
 

@@ -9,10 +9,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from legocompress.conv import lego_modules
 from legocompress.errors import UsageError, first_line
 from legocompress.finetune.recipe import Optimizer, Rates, Recipe
-from legocompress.proxy import balance_gradient, start_proxy
+from legocompress.lego.module import lego_modules
+from legocompress.lego.proxy import balance_gradient, start_proxy
 
 Kind = Literal["filters", "proxies", "coefficients", "norms", "rest"]
 KINDS: tuple[Kind, ...] = ("filters", "proxies", "coefficients", "norms", "rest")

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from legocompress.conv import freeze_, freeze_indices_, lego_modules, train_indices_
-from legocompress.convert import round_
-from legocompress.data import Images
+from legocompress.data.images import Images
 from legocompress.errors import UsageError
 from legocompress.finetune.distill import Criterion, check_labels
 from legocompress.finetune.distributed import Processes
@@ -37,7 +35,10 @@ from legocompress.finetune.optimize import (
 from legocompress.finetune.recipe import Recipe
 from legocompress.finetune.seeding import seed_all, seed_of
 from legocompress.finetune.training_data import TrainingLoader
-from legocompress.probe import evaluating
+from legocompress.lego.module import lego_modules
+from legocompress.lego.storage import round_
+from legocompress.lego.surgery import freeze_, freeze_indices_, train_indices_
+from legocompress.models.probe import evaluating
 
 CHECK_EVERY = 10  # updates between looks at the loss, which make a GPU wait
 AMP_DTYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

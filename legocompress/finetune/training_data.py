@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, get_worker_info
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
-from legocompress.data import Arrays, Images, Loader, open_images, preprocessing
+from legocompress.data.datasets import Arrays
+from legocompress.data.images import Images, open_images, preprocessing
+from legocompress.data.loader import Loader
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.recipe import Augment, Data, Recipe
 from legocompress.finetune.seeding import randomness_kept, seed_all, seed_of

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from legocompress.errors import KernelError
-from legocompress.spec import UnitShape
+from legocompress.lego.shape import UnitShape
 
 # The same numbers stand in src/lego.h.
 _MAGIC, _VERSION = 0x4F47454C, 2

@@ -1,0 +1,93 @@
+"""A converted state <-> the tensors of a file: packed indices, values in storage dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from legocompress.errors import CheckpointError
+from legocompress.lego.module import lego_modules
+from legocompress.lego.shape import UnitShape
+from legocompress.lego.storage import TORCH_DTYPES, quantize_filters, round_to_storage
+from legocompress.spec import FilterDtype
+
+
+def pack_index(index: Tensor, bits: int) -> Tensor:
+    """Pack integers in [0, 2**bits) into bytes (B,), `bits` each, least significant first."""
+    if bits == 0:
+        return torch.zeros(0, dtype=torch.uint8)
+    places = torch.arange(bits)
+    stream = ((index.reshape(-1, 1) >> places) & 1).to(torch.uint8).flatten()
+    padded = nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo `pack_index`: the first `count` integers, (count,) int64."""
+    if bits == 0:
+        return torch.zeros(count, dtype=torch.int64)
+    stream = ((packed.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
+    digits = stream[: count * bits].reshape(count, bits).to(torch.int64)
+    return (digits << torch.arange(bits)).sum(1)
+
+
+def packed_bytes(shape: UnitShape) -> int:
+    """Bytes of a layer's packed index."""
+    return -(-shape.n_slots * shape.index_bits // 8)
+
+
+def encode(model: nn.Module) -> dict[str, Tensor]:
+    """Turn a converted network's state into the tensors of a file: each once, indices packed.
+
+    Raises:
+        CheckpointError: the state holds something that is no tensor.
+    """
+    stored: dict[str, Tensor] = {}
+    legos = dict(lego_modules(model))
+    for lego in legos.values():
+        lego.settle()
+    for name, tensor in own_tensors(model).items():
+        owner, _, leaf = name.rpartition(".")
+        module = legos.get(owner)
+        if module is not None and leaf == "proxy":
+            continue  # what it chose is in the index
+        if module is None:
+            stored[name] = tensor.detach()
+        elif leaf == "index":
+            stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
+        elif leaf == "lego_filters":
+            stored.update(stored_filters(name, tensor.detach(), module.storage_dtype))
+        elif leaf == "coefficients":
+            dtype = module.coefficients_dtype
+            stored[name] = round_to_storage(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
+        else:
+            stored[name] = tensor.detach()
+    # Copies, since views of one tensor may not share memory in the file.
+    return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
+
+
+def stored_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, Tensor]:
+    """A bank (m, q, kh, kw) as the tensors of a file; int8 has scales (m,) beside it."""
+    kept = round_to_storage(filters, dtype)
+    if dtype != "int8":
+        return {name: kept.to(TORCH_DTYPES[dtype])}
+    values, scales = quantize_filters(kept)
+    return {name: values, scales_name(name): scales}
+
+
+def scales_name(name: str) -> str:
+    """The scales' name beside the filters': NAME.lego_filters -> NAME.lego_scales."""
+    return f"{name.removesuffix('lego_filters')}lego_scales"
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of a state dict, each under its first name only."""
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"the state {name!r} is a {type(tensor).__name__}, not a tensor")
+        if id(tensor) not in seen:
+            own[name] = tensor
+            seen.add(id(tensor))
+    return own

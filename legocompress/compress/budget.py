@@ -1,0 +1,137 @@
+"""A budget for the whole network -> m, o and k of every layer, or that the layer stays dense.
+
+Layers differ: the early ones of a network hold few weights and do much of the work, the late ones
+hold most weights and do little. One m for all of them spends bytes or MACs where they help least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from legocompress.compress.convert import check_layers, reasons
+from legocompress.compress.forms import (
+    SHARES,
+    cluster_forms,
+    list_forms,
+    make_form,
+    settings_of,
+    size_form,
+)
+from legocompress.compress.plan_types import Plan
+from legocompress.compress.planning import plan
+from legocompress.compress.prices import Form, choose_forms
+from legocompress.errors import PlanError, SpecError
+from legocompress.models.reparameterization import fused_copy
+from legocompress.spec import LegoSpec, Rule
+
+CORRECTIONS = 8  # of estimates, until those of known MACs must do
+
+
+def allocate(
+    model: nn.Module,
+    spec: LegoSpec | None = None,
+    *,
+    max_size: float | None = None,
+    max_macs: float | None = None,
+    seed: int = 0,
+    example_input: Tensor | Any | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> LegoSpec:
+    """Choose m, o and k of each layer so that the network keeps to a budget.
+
+    Every layer is clustered at several m, o and k. What is left of its weights' energy there, 1
+    minus the squared relative error, is multiplied over the layers, and the largest product within
+    the budget is sought by prices on both costs (Everett, 1963).
+
+    Args:
+        model: the dense network, which stays as it is.
+        spec: the most terms a slot (k, or half or a quarter of it, is chosen for each layer),
+            storage types, and which layers; its own m and o are not used.
+        max_size: of all parameters, norms included, as a share of the dense network's ideal size.
+        max_macs: of all convs and Linears, as a share of the dense network's; of Lego filters,
+            those that some slot of a split names, since the kernels skip the others.
+        seed: of the clustering.
+        example_input: as `plan` takes it.
+        on_layer: called with layers done and in all.
+
+    Returns:
+        The spec with a rule for each layer that is to be converted; those that stay dense are
+        skipped by name.
+
+    Raises:
+        SpecError: no budget, one that nothing meets or that dense layers meet, or a rule that
+            sets m or o.
+        PlanError: no layer can be converted, the model is converted already, or it could not be run
+            to count its MACs.
+        ConversionError: a layer's weights hold NaN or infinity.
+    """
+    spec = LegoSpec() if spec is None else spec
+    budget = _budget(spec, {"max_size": max_size, "max_macs": max_macs})
+    smallest = spec.model_copy(update={"m": SHARES[0], "o": 1})
+    base = plan(model, smallest, example_input)
+    if not base.layers:
+        raise PlanError(f"no layer can be converted: {reasons(base)}")
+    if max_macs is not None and not base.dense_macs:
+        raise PlanError(f"max_macs cannot be kept to, since MACs are not known: {base.note}")
+    layers = check_layers(fused_copy(model) if base.reparameterize else model, base)
+    choices = []
+    for done, (name, row) in enumerate(base.layers.items(), 1):
+        choices.append(list_forms(layers[name], row, seed))
+        if on_layer is not None:
+            on_layer(done, len(layers))
+    return _spec(spec, base, _checked(budget, base, choices, layers, seed))
+
+
+def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]:
+    budget = {name: limit for name, limit in limits.items() if limit is not None}
+    if not budget:
+        raise SpecError("a budget is needed: max_size, max_macs or both")
+    for name, limit in budget.items():
+        if not 0 < limit <= 1:
+            raise SpecError(f"{name}={limit:g} is no share of the dense network; give 0 to 1")
+    for rule in spec.rules:
+        if rule.m is not None or rule.o is not None:
+            raise SpecError(
+                f"rule {rule.pattern!r} sets m or o, which the budget chooses for every layer; "
+                "leave them out of the rule, or leave out the budget"
+            )
+    return budget
+
+
+def _checked(
+    budget: dict[str, float],
+    base: Plan,
+    choices: Sequence[list[Form]],
+    layers: dict[str, nn.Conv2d | nn.Linear],
+    seed: int,
+) -> list[Form]:
+    """Choose forms by measured costs: cluster what was chosen by an estimate, and repeat."""
+    for _ in range(CORRECTIONS):
+        chosen = choose_forms(budget, base, choices)
+        if "max_macs" not in budget or not any(choice.estimated for choice in chosen):
+            return chosen
+        for options, choice, row in zip(choices, chosen, base.layers.values(), strict=True):
+            if choice.estimated and choice.shape is not None:
+                shape, spec = size_form(row, *settings_of(choice.shape))
+                found = cluster_forms(layers[row.name], row, [shape], seed)[shape]
+                options[options.index(choice)] = make_form(row, shape, spec, *found, False)
+    known = [[choice for choice in options if not choice.estimated] for options in choices]
+    return choose_forms(budget, base, known)
+
+
+def _spec(spec: LegoSpec, base: Plan, chosen: Sequence[Form]) -> LegoSpec:
+    if all(choice.shape is None for choice in chosen):
+        raise SpecError("the budget leaves every layer dense; give less of the dense network")
+    rules, skip = [], list(spec.skip)
+    for row, choice in zip(base.layers.values(), chosen, strict=True):
+        if choice.shape is None:
+            skip.append(row.name)
+            continue
+        ours = spec.for_layer(row.name)
+        same = {field: getattr(ours, field) for field in ("coefficients", "dtype")}
+        m, o, k = settings_of(choice.shape)
+        rules.append(Rule(pattern=row.name, m=m, o=o, k=k, **same))
+    return spec.model_copy(update={"rules": tuple(rules), "skip": tuple(skip)})

@@ -1,0 +1,113 @@
+"""Carry out a plan: turn each planned layer into a Lego module."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+
+from legocompress.compress.factorize import dense_weight, factorize, relative_error
+from legocompress.compress.plan_types import LayerPlan, Plan
+from legocompress.errors import ConversionError, PlanError
+from legocompress.lego.algebra import assemble
+from legocompress.lego.module import LegoModule, ModelT
+from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.models.reparameterization import fused_copy
+from legocompress.models.source import source_of
+from legocompress.state.conversion import ConversionRecord
+
+
+def convert_(
+    model: ModelT,
+    plan: Plan,
+    seed: int = 0,
+    on_layer: Callable[[LayerPlan], None] | None = None,
+) -> ModelT:
+    """Turn the planned layers of `model` into Lego modules, in place, and return it.
+
+    Every layer's filters are clustered on the layer's own device; layers are done one after the
+    other, so memory stays at the model and one layer's work. Values are rounded to the storage
+    dtypes of the spec, so that what is measured is what is saved.
+
+    Args:
+        model: the network that the plan was made for.
+        plan: what to do.
+        seed: of the clustering; the same seed gives the same bytes.
+        on_layer: called after each layer, for a progress bar.
+
+    Raises:
+        PlanError: the plan converts nothing, or does not fit the model.
+        ConversionError: a layer's weights hold NaN or infinity; nothing has been changed then.
+    """
+    if not plan.layers:
+        raise PlanError(f"no layer can be converted: {reasons(plan)}")
+    if plan.reparameterize:
+        check_layers(fused_copy(model), plan)  # so that what fails fails before a change
+        model = reparameterize_model(model.eval(), inplace=True)
+    layers = check_layers(model, plan)
+    for name, row in plan.layers.items():
+        _convert_layer_(layers[name], row, seed)
+        if on_layer is not None:
+            on_layer(row)
+    guard_fusing_(model)
+    noted: Any = model
+    noted.lego_source = replace(source_of(model), reparameterized=plan.reparameterize)
+    noted.lego_record = ConversionRecord(plan.spec, seed, dict(plan.skipped))
+    return model
+
+
+def reasons(plan: Plan) -> str:
+    """Why layers stay dense, as one text: each reason with the number of layers, most first."""
+    counts = Counter(reason.partition(":")[0] for reason in plan.skipped.values())
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+
+
+def check_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
+    """The planned layers by name, whose weights are finite and as the plan says.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+        ConversionError: a layer's weights hold NaN or infinity.
+    """
+    layers = {name: _find(model, row) for name, row in plan.layers.items()}
+    for name, layer in layers.items():
+        if not torch.isfinite(layer.weight).all():
+            raise ConversionError(
+                f"the weight of layer {name!r} holds NaN or infinity; repair the weights, "
+                f"or leave the layer out with --skip {name!r}"
+            )
+    return layers
+
+
+def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
+    try:
+        layer = model.get_submodule(row.name)
+    except AttributeError:
+        raise PlanError(f"the plan names a layer {row.name!r}, which this model has not") from None
+    weight = layer._parameters.get("weight")
+    if (
+        not isinstance(layer, (nn.Conv2d, nn.Linear))
+        or type(layer).__name__ != row.type_name
+        or weight is None
+        or tuple(weight.shape) != row.weight_shape
+        or getattr(layer, "groups", 1) != row.groups
+    ):
+        raise PlanError(f"layer {row.name!r} is not the one that the plan was made for")
+    return layer
+
+
+def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> LegoModule:
+    shape, spec = row.shape, row.spec
+    assert shape is not None
+    assert spec is not None
+    weight = dense_weight(layer, shape)
+    unit = factorize(weight, shape, spec, seed)
+    error = relative_error(weight, assemble(shape, *unit))
+    module = become_lego_(layer, shape, *unit, spec.dtype, spec.coefficients_dtype)
+    module.weight_error = error
+    return module

@@ -1,0 +1,77 @@
+"""Which layers can be converted, and which should stay dense by default."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from legocompress.models.probe import Calls, default_input, model_cfg
+from legocompress.spec import LegoSpec, matches
+
+
+def find_structural_exclusions(
+    model: nn.Module, found: list[tuple[str, nn.Module]], calls: dict[nn.Module, Calls]
+) -> dict[str, str]:
+    """Reasons, by name, of the layers that the network's own structure keeps dense."""
+    convs = [(name, layer) for name, layer in found if isinstance(layer, nn.Conv2d)]
+    cfg = model_cfg(model)
+    image = default_input(model)
+    channels = 0 if image is None else image.shape[1]
+    reasons = {}
+    for position, (name, layer) in enumerate(convs):
+        seen = calls.get(layer)
+        if layer.in_channels == layer.groups > 1:
+            continue
+        if (
+            position == 0
+            or name in _names(cfg.get("first_conv"))
+            or (seen is not None and seen.sees_image)
+            or (layer.in_channels == channels and channels <= 4)
+        ):
+            reasons[name] = "stem: it sees the image"
+        elif name in _names(cfg.get("classifier")) or name in _last_of_classifier(convs):
+            reasons[name] = "classifier"
+    return reasons
+
+
+def _names(entry: object) -> tuple[str, ...]:
+    if isinstance(entry, str):
+        return (entry,)
+    return tuple(entry) if isinstance(entry, (list, tuple)) else ()
+
+
+def _last_of_classifier(convs: list[tuple[str, nn.Conv2d]]) -> set[str]:
+    """Convs that classify by torchvision's naming: `*classifier`, or the last one inside it."""
+    last = {}
+    for name, _ in convs:
+        path = name.split(".")
+        if path[-1].endswith("classifier"):
+            last[name] = name
+        elif path[0].endswith("classifier"):
+            last[path[0]] = name
+    return set(last.values())
+
+
+def explain_unsupported(layer: nn.Module, tied: set[int]) -> str | None:
+    """Why a layer cannot be converted whatever the user says, or None."""
+    weight = layer._parameters.get("weight")
+    if type(layer).__module__.startswith("torch.ao."):
+        return "part of a quantised model"
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return f"{type(layer).__name__} is not supported"
+    if isinstance(weight, UninitializedParameter):
+        return "lazy layer without weights yet: run the model once"
+    if weight is None:
+        return "its weight is computed (parametrisation or weight norm), not a parameter"
+    if id(weight) in tied:
+        return "its weight is shared with another layer"
+    return None
+
+
+def explain_unwanted(name: str, layer: nn.Module, spec: LegoSpec) -> str | None:
+    """Why the user's patterns leave this layer dense, or None."""
+    if spec.only and not any(matches(pattern, name) for pattern in spec.only):
+        return "not named by --only"
+    if any(matches(pattern, name) for pattern in spec.skip):
+        return "skipped by name"
+    return None

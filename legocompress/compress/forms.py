@@ -1,0 +1,130 @@
+"""The forms that one layer may take in a budget, and what each of them costs and loses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from legocompress.compress.factorize import dense_weight, factorize_each, relative_error
+from legocompress.compress.plan_types import LayerPlan
+from legocompress.compress.prices import LARGEST, Form
+from legocompress.compress.sizing import no_gain, unit_shape
+from legocompress.lego.algebra import assemble
+from legocompress.lego.costs import lego_macs, unit_bits, used_filters
+from legocompress.lego.shape import UnitShape
+from legocompress.spec import LegoSpec
+
+SPLITS = (1, 2, 4, 8)
+TERM_DIVISORS = (1, 2, 4)  # each layer may use k, k/2 or k/4 terms per slot
+MOST_FRAGMENTS = 8192  # of a layer; more take too long to cluster several times
+SHARES = (0.0625, 0.25, 0.5, 0.75)  # values of m that are clustered
+STEP = 0.0625  # of the values of m that are chosen from, up to one
+TINY = 1e-12  # squared errors
+
+
+def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Form]:
+    """The dense layer and its Lego forms."""
+    choices = [Form(None, 0.0, row.dense_bits, row.dense_macs or 0)]
+    n_out = row.weight_shape[0]
+    for o in SPLITS:
+        for k, known in _cluster_all(layer, row, o, seed).items():
+            logs = _interpolate(
+                {n_lego: math.log(error) for n_lego, (error, _) in known.items()}, n_out
+            )
+            shares = _interpolate({n_lego: used for n_lego, (_, used) in known.items()}, n_out)
+            for n_lego, log in logs.items():
+                shape, spec = size_form(row, n_lego / n_out, o, k)
+                if no_gain(shape, spec, row.dense_bits) is None:
+                    share = min(max(shares[n_lego], 0.0), 1.0)
+                    estimated = share < 1 and n_lego not in known
+                    choices.append(make_form(row, shape, spec, math.exp(log), share, estimated))
+    return choices
+
+
+def _cluster_all(
+    layer: nn.Conv2d | nn.Linear, row: LayerPlan, o: int, seed: int
+) -> dict[int, dict[int, tuple[float, float]]]:
+    """What `cluster_forms` tells, by k and number of Lego filters."""
+    assert row.spec is not None
+    found: dict[int, dict[int, tuple[float, float]]] = {
+        k: {} for k in sorted({max(1, row.spec.k // part) for part in TERM_DIVISORS})
+    }
+    for share in SHARES:
+        shapes = {}
+        for k in found:
+            shape, spec = size_form(row, share, o, k)
+            # Where o does not divide the channels, another of `SPLITS` may stand for it.
+            if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
+                continue
+            if no_gain(shape, spec, row.dense_bits) is None:
+                shapes[k] = shape
+        clustered = cluster_forms(layer, row, list(dict.fromkeys(shapes.values())), seed)
+        for k, shape in shapes.items():
+            found[k][shape.n_lego] = clustered[shape]
+    return found
+
+
+def size_form(row: LayerPlan, m: float, o: int, k: int) -> tuple[UnitShape, LegoSpec]:
+    """Sizes of the unit that a layer gets at m, o and k, and the spec that says so."""
+    assert row.spec is not None
+    spec = row.spec.model_copy(update={"m": m, "o": o, "k": k})
+    return unit_shape(row, spec), spec
+
+
+def settings_of(shape: UnitShape) -> tuple[float, int, int]:
+    """m, o and k of a form."""
+    return shape.n_lego / shape.n_out, shape.n_split, shape.n_terms
+
+
+@torch.no_grad()
+def cluster_forms(
+    layer: nn.Conv2d | nn.Linear, row: LayerPlan, shapes: Sequence[UnitShape], seed: int
+) -> dict[UnitShape, tuple[float, float]]:
+    """The squared relative error, and the share of the Lego filters in all splits that is used.
+
+    The shapes differ in their number of terms alone.
+    """
+    found: dict[UnitShape, tuple[float, float]] = {}
+    if not shapes or row.spec is None:
+        return found
+    weight = dense_weight(layer, shapes[0])
+    for shape, unit in zip(shapes, factorize_each(weight, shapes, row.spec, seed), strict=True):
+        used = used_filters(shape, unit[1]) / (shape.groups * shape.n_split * shape.n_lego)
+        found[shape] = max(relative_error(weight, assemble(shape, *unit)) ** 2, TINY), used
+    return found
+
+
+def make_form(
+    row: LayerPlan, shape: UnitShape, spec: LegoSpec, error: float, used: float, estimated: bool
+) -> Form:
+    """The form of these sizes: what it loses and costs; `used` is the share of filters in use."""
+    macs = min(row.dense_macs or 0, lego_macs(shape, row.pixels or 0, used))
+    return Form(shape, signal_lost(error), unit_bits(shape, spec), macs, estimated)
+
+
+def _interpolate(values: dict[int, float], n_out: int) -> dict[int, float]:
+    """Values by number of Lego filters, also for numbers between and above, on straight lines."""
+    filled = dict(values)
+    known = sorted(values)
+    if len(known) < 2:
+        return filled
+    for step in range(1, round(1 / STEP) + 1):
+        n_lego = round(step * STEP * n_out)
+        if n_lego < known[0]:
+            continue
+        a, b = next((p for p in pairwise(known) if n_lego <= p[1]), (known[-2], known[-1]))
+        part = (n_lego - a) / (b - a)
+        filled.setdefault(n_lego, (1 - part) * values[a] + part * values[b])
+    return filled
+
+
+def signal_lost(error: float) -> float:
+    """What a layer costs: minus the logarithm of the share of its energy that is left.
+
+    Layers work in a row, so their shares multiply and these costs add up.
+    """
+    return -math.log1p(-min(error, LARGEST))

@@ -1,0 +1,147 @@
+"""Make the plan: which layers become Lego modules, which stay dense and why, at what cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from timm.layers import CondConv2d
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from legocompress.compress.eligibility import (
+    explain_unsupported,
+    explain_unwanted,
+    find_structural_exclusions,
+)
+from legocompress.compress.plan_types import LayerPlan, Plan
+from legocompress.compress.sizing import check_splits, no_gain, unit_shape
+from legocompress.errors import PlanError
+from legocompress.lego.module import LegoModule
+from legocompress.models.probe import WEIGHT_LAYERS, Calls, probe
+from legocompress.models.reparameterization import fused_copy, has_training_form
+from legocompress.spec import LegoSpec, check_patterns
+
+
+def plan(
+    model: nn.Module, spec: LegoSpec | None = None, example_input: Tensor | Any | None = None
+) -> Plan:
+    """Decide what a conversion of `model` by `spec` replaces; the model is not touched.
+
+    One forward pass in eval mode finds the order of the layers and their output sizes.
+
+    Args:
+        model: the dense network.
+        spec: what is asked for; by default m=0.5, o=2, k=1 with coefficients.
+        example_input: an input (N, c, H, W), or a tuple of arguments; by default one zero image of
+            the size that the model's own configuration names.
+
+    Raises:
+        PlanError: the model has no conv, or it is converted already.
+        SpecError: `o` divides the input channels of no layer.
+        PatternError: a pattern of the spec matches nothing.
+    """
+    spec = LegoSpec() if spec is None else spec
+    if any(isinstance(m, LegoModule) for m in model.modules()):
+        raise PlanError("the model holds Lego modules already; plan on the original network")
+    reparameterize = has_training_form(model)
+    if reparameterize:
+        model = fused_copy(model)
+    found = list(_layers(model))
+    wanted = (nn.Conv2d, nn.Linear) if spec.linear else (nn.Conv2d,)
+    if not any(isinstance(layer, wanted) for _, layer in found):
+        raise PlanError(
+            f"{type(model).__name__} has no Conv2d layer, so there is nothing to convert"
+            + (" (--linear takes Linear layers in)" if found and not spec.linear else "")
+        )
+    check_patterns(spec, [name for name, _ in found])
+    calls, input_shape, note = probe(model, example_input)
+    order = {id(layer): calls[layer].order for _, layer in found if layer in calls}
+    last = len(found)  # while a list is sorted it is empty
+    found.sort(key=lambda pair: order.get(id(pair[1]), last))
+    kept = find_structural_exclusions(model, found, calls)
+    owners = Counter(id(layer._parameters.get("weight")) for _, layer in found)
+    tied = {weight for weight, count in owners.items() if count > 1}
+    rows = []
+    counted: set[int] = set()
+    for name, layer in found:
+        row = _layer_plan(name, layer, spec, kept.get(name), calls, tied)
+        weight = layer._parameters.get("weight")
+        if weight is not None and id(weight) in counted:  # a shared weight counts once
+            row = replace(row, dense_params=0, dense_bits=0)
+        counted.add(id(weight))
+        rows.append(row)
+    check_splits(spec, rows)
+    others = [p for p in model.parameters() if id(p) not in counted and not is_lazy(p)]
+    return Plan(
+        spec=spec,
+        rows=tuple(rows),
+        other_params=sum(p.numel() for p in others),
+        other_bits=sum(8 * p.numel() * p.element_size() for p in others),
+        reparameterize=reparameterize,
+        input_shape=input_shape,
+        note=note,
+    )
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer that has a conv's or Linear's weight, once, with its first name."""
+    for name, module in model.named_modules():
+        quantized = type(module).__module__.startswith("torch.ao.")
+        if isinstance(module, WEIGHT_LAYERS) or (quantized and "Conv" in type(module).__name__):
+            yield name, module
+
+
+def _layer_plan(
+    name: str,
+    layer: nn.Module,
+    spec: LegoSpec,
+    kept: str | None,
+    calls: dict[nn.Module, Calls],
+    tied: set[int],
+) -> LayerPlan:
+    weight = layer._parameters.get("weight")
+    seen = calls.get(layer)
+    size = 0 if weight is None or isinstance(weight, UninitializedParameter) else weight.numel()
+    row = LayerPlan(
+        name=name,
+        type_name=type(layer).__name__,
+        weight_shape=tuple(weight.shape) if weight is not None and size else (),
+        groups=int(getattr(layer, "groups", 1)),
+        reason=None,
+        dense_params=size,
+        dense_bits=8 * weight.element_size() * size if weight is not None and size else 0,
+        dense_macs=None
+        if seen is None
+        else seen.pixels * _applied(layer, size or _computed(layer)),
+        pixels=None if seen is None else seen.pixels,
+    )
+    named = spec.names_exactly(name)
+    reason = explain_unsupported(layer, tied) or explain_unwanted(name, layer, spec)
+    if reason is None and not named:
+        reason = kept or (
+            "Linear layer (--linear takes it in)"
+            if isinstance(layer, nn.Linear) and not spec.linear
+            else None
+        )
+    if reason is None and isinstance(layer, nn.Conv2d) and layer.in_channels == layer.groups:
+        reason = "depthwise: one input channel a group"
+    if reason is None:
+        ours = spec.for_layer(name)
+        shape = unit_shape(row, ours)
+        reason = no_gain(shape, ours, row.dense_bits)
+        row = replace(row, shape=shape, spec=ours)
+    return row if reason is None else replace(row, reason=reason, shape=None, spec=None)
+
+
+def _computed(layer: nn.Module) -> int:
+    """Elements of a weight that is computed at every read, which costs MACs but no parameters."""
+    weight = getattr(layer, "weight", None)
+    return weight.numel() if isinstance(weight, Tensor) else 0
+
+
+def _applied(layer: nn.Module, size: int) -> int:
+    """Weight elements applied at one position; CondConv2d mixes its experts into one weight."""
+    return size // layer.num_experts if isinstance(layer, CondConv2d) else size

@@ -1,0 +1,126 @@
+"""What a network does on images: accuracy on labelled ones, agreement with the original on any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from timm.utils import accuracy
+from torch import Tensor, nn
+
+from legocompress.data.datasets import UNLABELLED
+from legocompress.errors import DataError, first_line
+from legocompress.models.probe import evaluating
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network does on images; accuracies are percentages, None without labels.
+
+    `agreement` is the percentage of images on which the original has the same first class, and
+    `output_error` the relative error ||y - y'|| / ||y|| of the outputs; None without the original.
+    """
+
+    images: int
+    top1: float | None
+    top5: float | None
+    original_top1: float | None
+    original_top5: float | None
+    agreement: float | None
+    output_error: float | None
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    original: nn.Module | None = None,
+    n_classes: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Measure accuracy on labelled images and agreement with the original network.
+
+    Args:
+        model: a network from (N, c, H, W) to (N, classes).
+        batches: pairs of images and labels (N,), labels `UNLABELLED` where there are none.
+        original: the network before compression.
+        n_classes: how many outputs the labels count on, where that is known (`Images.n_classes`).
+        on_batch: called with the number of images after each batch.
+
+    Raises:
+        DataError: a label is no output of the network, the output is not (N, classes), or there is
+            no image.
+    """
+    sums = dict.fromkeys(("images", "labelled", "top1", "top5", "o1", "o5", "same"), 0.0)
+    error = reference = 0.0
+    device = next(model.parameters()).device
+    with evaluating(model):
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            y = _outputs(model, images, labels)
+            if n_classes is not None and n_classes != y.shape[1]:
+                raise DataError(
+                    f"the data has {n_classes} class folders and the network {y.shape[1]} outputs, "
+                    "so the folders' order cannot be the outputs'; give --class-map FILE, or "
+                    "measure agreement alone with --no-labels"
+                )
+            sums["images"] += len(images)
+            known = labels != UNLABELLED
+            sums["labelled"] += int(known.sum())
+            _add_accuracy(sums, ("top1", "top5"), y[known], labels[known])
+            if original is not None:
+                with evaluating(original):
+                    target = _outputs(original, images, labels)
+                if target.shape != y.shape:
+                    raise DataError(
+                        f"the network has {y.shape[1]} outputs and the original {target.shape[1]}; "
+                        "name the network that it was made of"
+                    )
+                _add_accuracy(sums, ("o1", "o5"), target[known], labels[known])
+                sums["same"] += int((y.argmax(1) == target.argmax(1)).sum())
+                error += float((y - target).square().sum())
+                reference += float(target.square().sum())
+            if on_batch is not None:
+                on_batch(len(images))
+    if not sums["images"]:
+        raise DataError("there is no image to evaluate on")
+
+    def percent(key: str, of: str) -> float | None:
+        return 100 * sums[key] / sums[of] if sums[of] else None
+
+    both = original is not None
+    return Evaluation(
+        images=int(sums["images"]),
+        top1=percent("top1", "labelled"),
+        top5=percent("top5", "labelled"),
+        original_top1=percent("o1", "labelled") if both else None,
+        original_top5=percent("o5", "labelled") if both else None,
+        agreement=percent("same", "images") if both else None,
+        output_error=(error / max(reference, 1e-30)) ** 0.5 if both else None,
+    )
+
+
+def _add_accuracy(sums: dict[str, float], keys: tuple[str, str], y: Tensor, labels: Tensor) -> None:
+    if len(labels):
+        for key, value in zip(keys, accuracy(y, labels, topk=(1, 5)), strict=True):
+            sums[key] += float(value) * len(labels) / 100
+
+
+def _outputs(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    try:
+        y = model(images)
+    except RuntimeError as error:
+        raise DataError(
+            f"the network refuses images of shape {tuple(images.shape)}: {first_line(error)}"
+        ) from error
+    if not isinstance(y, Tensor) or y.dim() != 2:
+        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise DataError(
+            f"the network's output is {found}; accuracy and agreement need (N, classes)"
+        )
+    wrong = labels[(labels != UNLABELLED) & ((labels < 0) | (labels >= y.shape[1]))]
+    if len(wrong):
+        raise DataError(
+            f"label {int(wrong[0])} is beyond the network's {y.shape[1]} outputs; check the "
+            "data set, or name the classes' order with --class-map"
+        )
+    return y.float()

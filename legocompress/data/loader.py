@@ -1,0 +1,41 @@
+"""A data loader whose workers end with their parent process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from threading import Thread
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from legocompress.errors import DataError
+
+
+class Loader(DataLoader[Any]):
+    """A loader whose workers end with its process, and tell errors as a sentence of their own."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.worker_init_fn = partial(_end_with, os.getpid())
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise DataError(last.rpartition("DataError: ")[2]) from None
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Watch the process `parent` from now on, and end this one when it is gone.
+
+    PyTorch's own watch asks for the parent's number after the worker has started: a worker whose
+    parent is killed before that waits forever, and holds its memory and its open files.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

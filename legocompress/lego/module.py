@@ -1,0 +1,223 @@
+"""The Lego module: the conv or Linear that it replaces, with a weight made of Lego filters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+
+from legocompress.errors import ConversionError, DenseOnlyError
+from legocompress.lego.algebra import assemble, split_transform_merge
+from legocompress.lego.proxy import assemble_through, choose, start_proxy
+from legocompress.lego.shape import UnitShape
+from legocompress.spec import FilterDtype, StorageDtype
+
+Route = Literal["assemble", "reference"]
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class LegoModule(nn.Module):
+    """What every Lego layer adds to the class of the layer that it replaces.
+
+    Its parameters are `lego_filters` (m, q, kh, kw) and `coefficients` (o, n, k; None in the
+    binary form), its buffer is `index` (o, n, k, int64), and `weight` is assembled from them at
+    every read. While the index trains there is also `proxy` (o, n, m), whose top k it is.
+    """
+
+    lego_shape: UnitShape
+    lego_filters: nn.Parameter
+    index: Tensor
+    coefficients: nn.Parameter | None
+    proxy: nn.Parameter | None
+    frozen_weight: Tensor | None
+    storage_dtype: FilterDtype
+    coefficients_dtype: StorageDtype
+    weight_error: float | None
+    bias: nn.Parameter | None
+    _route: Route
+    _channels_last: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, in the layout of the class that was replaced; read-only."""
+        if self.frozen_weight is not None:
+            return self.frozen_weight
+        self.settle()
+        unit = (self.index, self.coefficients)
+        if self.proxy is None:
+            filters = assemble(self.lego_shape, self.lego_filters, *unit)
+        else:
+            filters = assemble_through(self.lego_shape, self.lego_filters, self.proxy, *unit)
+        if isinstance(self, nn.Linear):
+            return filters.flatten(1)
+        if self._channels_last:
+            return filters.contiguous(memory_format=torch.channels_last)
+        return filters
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise DenseOnlyError(
+                f"the weight of this {type(self).__name__} is assembled from Lego filters and "
+                "cannot be set; call legocompress.to_dense(model) first, or change lego_filters"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def route(self) -> Route:
+        """How the layer computes: 'assemble' the dense weight, or the 'reference' merge."""
+        return self._route
+
+    @route.setter
+    def route(self, route: Route) -> None:
+        if route not in self.routes():
+            raise ConversionError(
+                f"{type(self).__name__} has no route {route!r}; it has {', '.join(self.routes())}"
+            )
+        self._route = route
+
+    def routes(self) -> tuple[Route, ...]:
+        """The routes of this layer; a class with a forward of its own has 'assemble' alone."""
+        forward = getattr(replaced_class(self), "forward", None)
+        known = (nn.Conv2d.forward, Conv2dSame.forward, nn.Linear.forward)
+        return ("assemble", "reference") if forward in known else ("assemble",)
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the layer by its route."""
+        if self._route == "assemble":
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc,no-any-return]
+        return self._reference(input)
+
+    def _reference(self, x: Tensor) -> Tensor:
+        unit = (self.lego_filters, self.index, self.coefficients, self.bias)
+        if isinstance(self, nn.Linear):
+            y = split_transform_merge(self.lego_shape, x.reshape(-1, x.shape[-1], 1, 1), *unit)
+            return y.reshape(*x.shape[:-1], self.lego_shape.n_out)
+        assert isinstance(self, nn.Conv2d)
+        padding: Any = self.padding
+        if isinstance(self, Conv2dSame):
+            x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)
+        elif self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        # A traced input has no number of axes to ask for; it is taken as a batch.
+        batched = isinstance(x, torch.fx.Proxy) or x.dim() == 4
+        y = split_transform_merge(
+            self.lego_shape,
+            x if batched else x[None],
+            *unit,
+            self.stride,
+            padding,
+            self.dilation,
+        )
+        return y if batched else y[0]
+
+    def train_index(self) -> None:
+        """Give the layer a proxy N that chooses what the index holds now, so that it can learn.
+
+        Raises:
+            ConversionError: a slot names one Lego filter twice, which no top k can.
+        """
+        unit = (self.lego_filters.detach(), self.index, self.coefficients)
+        if self.lego_shape.n_lego > self.lego_shape.n_terms and self.proxy is None:
+            ordered = self.index.sort(2).values
+            if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
+                raise ConversionError(
+                    f"a slot of this {type(self).__name__} names one Lego filter twice, so its "
+                    "index cannot learn; fine-tune with 'indices: frozen', or convert with k=1"
+                )
+            with torch.no_grad():
+                self.proxy = nn.Parameter(start_proxy(self.lego_shape, *unit))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring the index, and the coefficients of what is new in it, up to date with N."""
+        if self.proxy is None:
+            return
+        unit = (self.lego_filters, self.proxy, self.index, self.coefficients)
+        index, coefficients = choose(self.lego_shape, *unit)
+        self.index.copy_(index)
+        if self.coefficients is not None and coefficients is not None:
+            self.coefficients.copy_(coefficients)
+
+    def freeze_index(self) -> None:
+        """Let go of N; the index stays what N chose last."""
+        self.settle()
+        self.proxy = None
+
+    def freeze(self) -> None:
+        """Assemble the weight once and keep it, for inference; thawed by train() and by loading."""
+        self.frozen_weight = None
+        self.frozen_weight = self.weight.detach()
+
+    def train(self, mode: bool = True) -> LegoModule:
+        """Set the training flag; training thaws a frozen weight, so that filters can learn."""
+        if mode:
+            self.frozen_weight = None
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LegoModule:
+        frozen, self.frozen_weight = self.frozen_weight is not None, None
+        # Filters of one channel look the same in both layouts, so fn tells on a sample.
+        layout = torch.channels_last if self._channels_last else torch.contiguous_format
+        sample = fn(self.lego_filters.detach().new_empty(2, 2, 2, 2).to(memory_format=layout))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._channels_last = is_channels_last(sample)
+        if frozen:
+            self.freeze()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.frozen_weight = None
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so a copy is rebuilt from the class that it derives from.
+        return _blank, (replaced_class(self),), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def extra_repr(self) -> str:
+        """The replaced layer's own text and the sizes of the Lego unit."""
+        s = self.lego_shape
+        unit = f"n_lego={s.n_lego}, n_split={s.n_split}, n_terms={s.n_terms}"
+        return f"{super().extra_repr()}, {unit}, route={self._route}"
+
+
+_LEGO_CLASSES: dict[type[nn.Module], type[LegoModule]] = {}
+
+
+def lego_class(base: type[nn.Module]) -> type[LegoModule]:
+    """The Lego class that derives from `base`, a Conv2d or Linear class; made once per base."""
+    if base not in _LEGO_CLASSES:
+        namespace = {"__module__": __name__}
+        _LEGO_CLASSES[base] = type(f"Lego{base.__name__}", (LegoModule, base), namespace)
+    return _LEGO_CLASSES[base]
+
+
+def replaced_class(module: LegoModule) -> type[nn.Module]:
+    """The class of the layer that a Lego module replaced."""
+    return type(module).__mro__[2]
+
+
+def _blank(base: type[nn.Module]) -> LegoModule:
+    cls = lego_class(base)
+    return cls.__new__(cls)
+
+
+def is_channels_last(weight: Tensor) -> bool:
+    """Whether a weight is laid out in channels_last and in no other format."""
+    # A 1 x 1 filter fits both layouts; its weight is right in either.
+    if weight.dim() != 4 or weight.is_contiguous():
+        return False
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def lego_modules(model: nn.Module) -> Iterator[tuple[str, LegoModule]]:
+    """Each Lego module of a model once, with its first name, in the model's own order."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LegoModule))

@@ -1,0 +1,1 @@
+"""Where networks and their preprocessing come from: libraries, a hub, a folder or a file."""

@@ -1,0 +1,80 @@
+"""The preprocessing that a network carries, as timm's `pretrained_cfg` holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torchvision
+from torchvision.transforms import InterpolationMode
+
+from legocompress.errors import UsageError
+
+PREPROCESSING = (
+    "input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "fixed_input_size",
+)  # fmt: skip
+
+
+def adapt_to_channels(cfg: dict[str, Any], channels: int | None) -> dict[str, Any]:
+    """A configuration for images of so many channels; the mean of a grey one is the average."""
+    size = cfg.get("input_size")
+    if channels is None or not size or size[0] == channels:
+        return cfg
+    averages = {
+        key: (sum(cfg[key]) / len(cfg[key]),) * channels for key in ("mean", "std") if cfg.get(key)
+    }
+    return {**cfg, **averages, "input_size": (channels, *size[1:])}
+
+
+def fit_preprocessing(
+    changes: dict[str, Any], cfg: dict[str, Any], in_chans: int | None
+) -> dict[str, Any]:
+    """Preprocessing for the network's channels: a size of two numbers, one mean for all of them."""
+    size = tuple(changes.get("input_size") or cfg.get("input_size") or ())
+    channels = size[0] if len(size) == 3 else (cfg.get("input_size") or (in_chans or 3,))[0]
+    fitted = dict(changes)
+    if "input_size" in changes:
+        fitted["input_size"] = size if len(size) == 3 else (channels, *size)
+    for key in {"mean", "std"} & changes.keys():
+        given = tuple(changes[key])
+        fitted[key] = given * channels if len(given) == 1 else given
+        if len(fitted[key]) != channels:
+            raise UsageError(
+                f"{key} (--{key}) has {len(given)} values; give one, or one for each of the "
+                f"{channels} channels"
+            )
+    return fitted
+
+
+def check_preprocessing(changes: dict[str, Any]) -> None:
+    """Raise UsageError for a preprocessing key or interpolation that does not exist."""
+    unknown = changes.keys() - {*PREPROCESSING, "test_input_size", "test_crop_pct"}
+    if unknown:
+        raise UsageError(
+            f"unknown preprocessing {', '.join(sorted(unknown))}; "
+            f"allowed are {', '.join(PREPROCESSING)}"
+        )
+    known = sorted(mode.value for mode in InterpolationMode)
+    if changes.get("interpolation", "bilinear") not in (*known, "random"):
+        raise UsageError(
+            f"interpolation={changes['interpolation']!r}; allowed are {', '.join(known)}"
+        )
+
+
+def torchvision_cfg(name: str) -> dict[str, Any]:
+    """A timm-like configuration from the transforms of a torchvision weights enum."""
+    cfg: dict[str, Any] = {"architecture": name}
+    # An enum's last entry need not be its default: RegNets have SWAG weights after it.
+    entries: Any = torchvision.models.get_model_weights(name)
+    transforms: Any = entries.DEFAULT.transforms() if len(entries) else None
+    crop = getattr(transforms, "crop_size", None)
+    if not crop:
+        return cfg
+    return {
+        **cfg,
+        "input_size": (3, crop[0], crop[0]),
+        "crop_pct": crop[0] / transforms.resize_size[0],
+        "crop_mode": "center",
+        "interpolation": transforms.interpolation.value,
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+    }

@@ -1,0 +1,24 @@
+"""Find out what rebuilds a network."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from legocompress.models.probe import model_cfg
+from legocompress.state.source import Source
+
+
+def source_of(model: nn.Module) -> Source:
+    """What rebuilds `model`: what `create` noted, else what timm noted, else a source of None."""
+    source = getattr(model, "lego_source", None)
+    if not isinstance(source, Source):
+        architecture = model_cfg(model).get("architecture")
+        if not architecture or not type(model).__module__.startswith("timm."):
+            return Source(None, None)
+        source = Source("timm", architecture, dict(getattr(model, "_model_args", {})))
+    classes = getattr(model, "num_classes", None)
+    if source.library == "timm" and isinstance(classes, int):  # reset_classifier changes it
+        source = replace(source, model_args={**source.model_args, "num_classes": classes})
+    return source

@@ -1,0 +1,7 @@
+"""Numbers about a network: sizes and costs, latency, and speed against the dense network."""
+
+from legocompress.report.measurement import measure
+from legocompress.report.results import Report
+from legocompress.report.versus_dense import BenchmarkRun, benchmark
+
+__all__ = ["BenchmarkRun", "Report", "benchmark", "measure"]

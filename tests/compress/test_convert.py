@@ -1,0 +1,487 @@
+"""Conversion: exact where it can be, seeded, rounded to what is stored, and all or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from legocompress.compress.convert import convert_, reasons
+from legocompress.compress.factorize import relative_error
+from legocompress.compress.plan_types import LayerPlan
+from legocompress.compress.planning import plan
+from legocompress.errors import ConversionError, DenseOnlyError, PlanError
+from legocompress.lego.algebra import assemble
+from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.storage import round_to_storage
+from legocompress.lego.surgery import to_dense_
+from legocompress.models.factory import create
+from legocompress.spec import LegoSpec
+from legocompress.state.conversion import ConversionRecord
+from legocompress.state.source import Source
+
+IMAGE = torch.zeros(1, 3, 12, 12)
+NAMES = ["3", "6", "7", "10"]
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Give norms random parameters and statistics: ones and zeros would hide wrong weights."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
+
+
+def small_cnn() -> nn.Sequential:
+    """Strided, grouped, dilated and 1x1 convs; `o` = 4 divides not all of their channels."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 20, 3, padding=1, groups=2),
+        nn.Conv2d(20, 10, (3, 1), padding="same", dilation=2, padding_mode="reflect"),
+        nn.BatchNorm2d(10),
+        nn.ReLU(),
+        nn.Conv2d(10, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+    randomised(model)
+    return model
+
+
+def converted(model: nn.Module, seed: int = 0, image: Any = IMAGE, **settings: Any) -> nn.Module:
+    return convert_(model, plan(model, LegoSpec(**settings), image), seed)
+
+
+def lego(model: nn.Module, name: str) -> Any:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LegoModule)
+    return layer
+
+
+def same_bytes(a: nn.Module, b: nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("coefficients", [True, False])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("o", [1, 2, 4])
+def test_a_bank_of_all_fragments_is_bit_equal(o: int, k: int, coefficients: bool) -> None:
+    model = small_cnn()
+    dense = copy.deepcopy(model)
+    converted(model, m=o, o=o, k=k, coefficients=coefficients, allow_expansion=True)
+    assert [name for name, _ in lego_modules(model)] == NAMES
+    for name, module in lego_modules(model):
+        assert torch.equal(module.weight, dense.get_submodule(name).weight)
+        assert module.weight_error == 0
+    x = torch.randn(3, 3, 12, 12)
+    assert torch.equal(model(x), dense(x))
+    assert model(x).std() > 0
+
+
+def test_resnet18_of_grey_images_is_bit_equal_when_exact() -> None:
+    model = randomised(timm.create_model("resnet18", pretrained=False, in_chans=1))
+    dense, image = copy.deepcopy(model), torch.zeros(1, 1, 32, 32)
+    converted(model, image=image, m=2, o=2, allow_expansion=True)
+    assert len(list(lego_modules(model))) == 19
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(model(x), dense(x))
+    assert same_bytes(to_dense_(model), dense)
+    assert torch.equal(model(x), dense(x))
+
+
+def test_a_training_form_is_bit_equal_to_its_deployed_form_when_exact() -> None:
+    model = randomised(timm.create_model("repvgg_a0", pretrained=False))
+    deployed = reparameterize_model(copy.deepcopy(model))
+    image = torch.zeros(1, 3, 32, 32)
+    made = plan(model, LegoSpec(m=2, o=2, allow_expansion=True, only=["stages.[012]*"]), image)
+    model = convert_(model, made)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), deployed(x))
+    assert model.lego_source.reparameterized
+    assert model.lego_source.architecture == "repvgg_a0"
+    block = model.get_submodule("stages.0.0")
+    with pytest.raises(DenseOnlyError, match="to_dense"):
+        block.reparameterize()
+
+
+def test_what_the_layer_was_stays() -> None:
+    model = small_cnn().train()
+    model[6].weight.requires_grad_(False)
+    model[3].eval()
+    layers = {name: model.get_submodule(name) for name in NAMES}
+    fired: list[str] = []
+    model[7].register_forward_hook(lambda m, x, y: fired.append("7"))
+    biases = {name: layer.bias for name, layer in layers.items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    converted(model, m=0.5, o=2)
+    for name, layer in layers.items():
+        module = lego(model, name)
+        assert module is layer
+        assert module.bias is biases[name]
+        assert module.training is (name != "3")
+        assert module.lego_filters.requires_grad is (name != "6")
+    after = model.state_dict()
+    kept = [name for name in state if name in after]
+    assert len(kept) == len(state) - len(NAMES)
+    assert all(torch.equal(after[name], state[name]) for name in kept)
+    fired.clear()
+    model.eval()(torch.randn(1, 3, 12, 12))
+    assert fired == ["7"]
+
+
+def test_a_conv_alone_can_be_converted() -> None:
+    model = nn.Conv2d(8, 8, 3)
+    weight = model.weight.detach().clone()
+    image = torch.zeros(1, 8, 6, 6)
+    root: Any = converted(model, image=image, only=[""], m=2, o=2, allow_expansion=True)
+    assert root is model
+    assert isinstance(root, LegoModule)
+    assert torch.equal(root.weight, weight)
+
+
+def test_a_linear_layer_is_converted_on_request() -> None:
+    model = small_cnn()
+    dense = copy.deepcopy(model)
+    converted(model, m=2, o=2, linear=True, allow_expansion=True)
+    assert lego(model, "13").weight.shape == (5, 16)
+    x = torch.randn(3, 3, 12, 12)
+    assert torch.equal(model(x), dense(x))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("coefficients", [True, False])
+def test_the_same_seed_gives_the_same_bytes(coefficients: bool, k: int) -> None:
+    model = small_cnn()
+    first = converted(copy.deepcopy(model), seed=3, k=k, coefficients=coefficients)
+    torch.manual_seed(99)
+    random = torch.get_rng_state()
+    again = converted(copy.deepcopy(model), seed=3, k=k, coefficients=coefficients)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert same_bytes(first, again)
+
+
+def test_another_seed_gives_other_bytes_where_chance_plays_a_part() -> None:
+    # More than 4,096 fragments are clustered in random blocks; fewer need no chance.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2100, 1))
+    first, again, other = (
+        converted(copy.deepcopy(model), seed=seed, m=0.0625, coefficients=False)
+        for seed in (0, 0, 1)
+    )
+    assert same_bytes(first, again)
+    assert not same_bytes(first, other)
+
+
+def changed_nothing(model: nn.Module, act: Callable[[], object]) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    flags = [module.training for module in model.modules()]
+    act()
+    assert [type(module) for module in model.modules()] == kinds
+    assert [module.training for module in model.modules()] == flags
+    after = model.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_stop_it_before_anything_changes(value: float) -> None:
+    model = small_cnn().train()
+    made = plan(model, LegoSpec(), IMAGE)
+    with torch.no_grad():
+        model[7].weight[3, 2, 1, 0] = value
+
+    def act() -> None:
+        with pytest.raises(ConversionError, match=r"layer '7' holds NaN or infinity.*--skip '7'"):
+            convert_(model, made)
+
+    changed_nothing(model, act)
+    rest = converted(model, skip=["7"])
+    assert [name for name, _ in lego_modules(rest)] == ["3", "6", "10"]
+
+
+def test_a_training_form_with_bad_weights_is_not_changed_either() -> None:
+    model = timm.create_model("repvgg_a0", pretrained=False).train()
+    made = plan(model, LegoSpec(only=["stages.0.*"]), torch.zeros(1, 3, 32, 32))
+    with torch.no_grad():
+        model.get_submodule("stages.0.0").conv_kxk.conv.weight[0] = float("nan")
+
+    def act() -> None:
+        with pytest.raises(ConversionError, match=r"stages\.0\.0"):
+            convert_(model, made)
+
+    changed_nothing(model, act)
+
+
+def other_shape() -> nn.Module:
+    model = small_cnn()
+    model[10] = nn.Conv2d(10, 17, 1)
+    return model
+
+
+def other_names() -> nn.Module:
+    return nn.Sequential(*list(small_cnn())[:10])
+
+
+def other_kind() -> nn.Module:
+    model = small_cnn()
+    model[3] = nn.ConvTranspose2d(12, 8, 3)  # its weight has the planned shape
+    return model
+
+
+def other_groups() -> nn.Module:
+    model = small_cnn()
+    model[6] = nn.Conv2d(24, 20, 3, padding=1, groups=4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(other_shape, "'10'"), (other_names, "'10'"), (other_kind, "'3'"), (other_groups, "'6'")],
+)
+def test_a_plan_for_another_model_is_refused_before_anything_changes(
+    make: Callable[[], nn.Module], name: str
+) -> None:
+    made = plan(small_cnn(), LegoSpec(), IMAGE)
+    model = make()
+
+    def act() -> None:
+        with pytest.raises(PlanError, match=name):
+            convert_(model, made)
+
+    changed_nothing(model, act)
+
+
+def test_a_plan_cannot_be_carried_out_twice() -> None:
+    model = small_cnn()
+    made = plan(model, LegoSpec(), IMAGE)
+    convert_(model, made)
+
+    def act() -> None:
+        with pytest.raises(PlanError, match="'3'"):
+            convert_(model, made)
+
+    changed_nothing(model, act)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_values_are_rounded_to_what_is_stored(name: str, dtype: torch.dtype) -> None:
+    model = small_cnn()
+    converted(model, m=0.5, o=2, k=2, dtype=name, coefficients_dtype="bf16")
+    for _, module in lego_modules(model):
+        values, gains = module.lego_filters, module.coefficients
+        assert gains is not None
+        assert values.dtype == gains.dtype == torch.float32
+        assert torch.equal(values.to(dtype).float(), values)
+        assert torch.equal(gains.bfloat16().float(), gains)
+        assert (module.storage_dtype, module.coefficients_dtype) == (name, "bf16")
+        assert module.weight_error is not None
+        assert 0 < module.weight_error < 1
+
+
+def test_coefficients_are_rounded_to_fp16_and_filters_kept_by_default() -> None:
+    model = small_cnn()
+    converted(model, m=0.5, o=2)
+    layer = lego(model, "6")
+    assert torch.equal(layer.coefficients.half().float(), layer.coefficients)
+    assert not torch.equal(layer.lego_filters.half().float(), layer.lego_filters)
+
+
+def test_a_rule_changes_the_dtype_of_one_layer() -> None:
+    model = small_cnn()
+    converted(model, rules=["6:dtype=fp16,coefficients=false"])
+    assert lego(model, "6").storage_dtype == "fp16"
+    assert lego(model, "6").coefficients is None
+    assert lego(model, "3").storage_dtype == "fp32"
+    assert lego(model, "3").coefficients is not None
+
+
+def test_the_noted_error_is_that_of_the_assembled_weight() -> None:
+    model = small_cnn()
+    dense = copy.deepcopy(model)
+    converted(model, m=0.5, o=4, dtype="bf16")
+    for name, module in lego_modules(model):
+        exact = dense.get_submodule(name).weight.detach().double()
+        shape = module.lego_shape
+        weight = assemble(shape, module.lego_filters, module.index, module.coefficients)
+        expected = float(((weight - exact).norm() / exact.norm()).detach())
+        assert module.weight_error == pytest.approx(expected, rel=1e-4)
+        assert 0 < expected < 1
+
+
+@pytest.mark.parametrize("coefficients", [True, False])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e15, 1e25])
+def test_weights_of_extreme_scale_are_served_as_well_as_others(
+    scale: float, k: int, coefficients: bool
+) -> None:
+    def errors(factor: float) -> dict[str, float]:
+        torch.manual_seed(1)
+        model = small_cnn()
+        with torch.no_grad():
+            for name in NAMES:
+                model.get_submodule(name).weight.mul_(factor)
+        dense = copy.deepcopy(model)
+        converted(model, m=0.5, o=2, k=k, coefficients=coefficients)
+        found = {}
+        for name, module in lego_modules(model):
+            exact = dense.get_submodule(name).weight.detach().double()
+            difference = module.weight.detach().double() - exact
+            found[name] = float(difference.norm() / exact.norm())
+            assert all(bool(p.isfinite().all()) for p in module.parameters())
+            assert module.weight_error == pytest.approx(found[name], rel=1e-3)
+        return found
+
+    usual = errors(1.0)
+    for name, error in errors(scale).items():
+        assert 0 < error < 1.1 * usual[name] + 1e-3
+
+
+def test_weights_of_zero_stay_zero() -> None:
+    model = small_cnn()
+    nn.init.zeros_(model[6].weight)
+    converted(model, m=0.5, o=2, k=2)
+    layer = lego(model, "6")
+    assert torch.equal(layer.weight, torch.zeros(20, 6, 3, 3))
+    assert layer.weight_error == 0
+    assert all(bool(p.isfinite().all()) for p in layer.parameters())
+
+
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_other_dtypes_keep_theirs(dtype: torch.dtype, storage: str) -> None:
+    model = small_cnn().to(dtype)
+    dense = copy.deepcopy(model)
+    converted(model, image=IMAGE.to(dtype), m=0.25, o=2, dtype=storage)
+    assert len(list(lego_modules(model))) > 2
+    for name, module in lego_modules(model):
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        exact = dense.get_submodule(name).weight.detach().double()
+        assert (module.weight.double() - exact).norm() < 0.9 * exact.norm()
+
+
+def total_error(model: nn.Module, **settings: Any) -> float:
+    copied = converted(copy.deepcopy(model), **settings)
+    return sum(module.weight_error or 0.0 for _, module in lego_modules(copied))
+
+
+def test_the_error_falls_as_there_are_more_filters_or_terms() -> None:
+    model = small_cnn()
+    by_m = [total_error(model, m=m, o=2) for m in (0.25, 0.5, 1.0)]
+    by_k = [total_error(model, m=0.5, o=2, k=k, allow_expansion=True) for k in (1, 2, 4)]
+    assert by_m[0] > 1.1 * by_m[1] > 1.1 * 1.1 * by_m[2] > 0
+    assert by_k[0] > 1.1 * by_k[1] > 1.1 * 1.1 * by_k[2] > 0
+
+
+def test_coefficients_lower_the_error() -> None:
+    model = small_cnn()
+    assert total_error(model, coefficients=True) < 0.95 * total_error(model, coefficients=False)
+
+
+def test_each_layer_is_told_once_in_order() -> None:
+    told: list[LayerPlan] = []
+    model = small_cnn()
+    made = plan(model, LegoSpec(skip=["7"]), IMAGE)
+    assert convert_(model, made, on_layer=told.append) is model
+    assert [row.name for row in told] == ["3", "6", "10"]
+    assert told == list(made.layers.values())
+
+
+def test_source_and_record_are_noted() -> None:
+    model: Any = small_cnn()
+    made = plan(model, LegoSpec(m=0.25, skip=["7"]), IMAGE)
+    convert_(model, made, seed=5)
+    assert model.lego_source == Source(None, None)
+    assert model.lego_record == ConversionRecord(made.spec, 5, made.skipped)
+    assert model.lego_record.skipped["7"] == "skipped by name"
+
+
+def test_the_source_of_a_created_model_is_kept() -> None:
+    model: Any = create("resnet18", pretrained=False, num_classes=7, in_chans=1, seed=3)
+    noted = model.lego_source
+    converted(model, image=torch.zeros(1, 1, 32, 32), only=["layer1.*"])
+    assert model.lego_source == noted
+    assert noted.architecture == "resnet18"
+    assert not noted.reparameterized
+
+
+def test_reasons_are_counted_most_first() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=8)
+    )
+    counted = reasons(plan(model, LegoSpec(), IMAGE))
+    assert counted.startswith("2 x depthwise; 1 x stem")
+
+
+def test_one_training_step_moves_every_filter_and_coefficient() -> None:
+    model = small_cnn()
+    converted(model, m=0.5, o=2, k=2)
+    model.train()
+    x, target = torch.randn(8, 3, 12, 12), torch.randint(5, (8,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = nn.functional.cross_entropy(model(x), target)
+    loss.backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _, module in lego_modules(model):
+        for grad in (module.lego_filters.grad, module.coefficients.grad):  # type: ignore[union-attr]
+            assert grad is not None
+            assert bool(grad.isfinite().all())
+        filters: Any = module.lego_filters.grad
+        gains: Any = module.coefficients.grad  # type: ignore[union-attr]
+        assert bool((filters.flatten(1).abs().sum(1) > 0).all())
+        assert bool((gains != 0).all())
+    optimizer.step()
+    for name, module in lego_modules(model):
+        assert not torch.equal(module.lego_filters, before[f"{name}.lego_filters"])
+        assert torch.equal(module.index, before[f"{name}.index"])
+    assert nn.functional.cross_entropy(model(x), target) < loss
+
+
+def test_rounding_keeps_what_is_finite_finite() -> None:
+    values = torch.tensor([1e9, -1e9, 1 / 3, 0.0, 65504.0])
+    for memory in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for size in (1e-3, 1, 1e3):
+            wide = (torch.randn(500, 9, dtype=torch.float64) * size).to(memory)
+            once = round_to_storage(wide, "int8")
+            assert torch.equal(round_to_storage(once, "int8"), once)
+            step = wide.abs().amax(1, keepdim=True) / 127
+            assert bool(((once - wide).abs() <= 1.3 * step).all())
+        widest = torch.full((2, 3), torch.finfo(memory).max, dtype=memory)
+        assert bool(round_to_storage(widest, "int8").isfinite().all())
+        assert torch.equal(round_to_storage(0 * widest, "int8"), 0 * widest)
+    half = round_to_storage(values, "fp16")
+    assert half.tolist() == [65504.0, -65504.0, float(torch.tensor(1 / 3).half()), 0.0, 65504.0]
+    assert half.dtype == torch.float32
+    largest = torch.finfo(torch.float32).max
+    assert bool(round_to_storage(torch.tensor([largest, -largest]), "bf16").isfinite().all())
+    assert torch.equal(round_to_storage(values, "fp32"), values)
+
+
+def test_relative_error_by_hand() -> None:
+    exact = torch.tensor([3.0, 4.0])
+    assert relative_error(exact, torch.tensor([3.0, 4.5])) == pytest.approx(0.1)
+    assert relative_error(exact, exact) == 0
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_error(exact, torch.zeros(2)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_relative_error_does_not_depend_on_scale(scale: float) -> None:
+    exact: Tensor = torch.tensor([3.0, 4.0]) * scale
+    assert relative_error(exact, torch.tensor([3.0, 4.5]) * scale) == pytest.approx(0.1, rel=1e-4)

@@ -1,0 +1,161 @@
+"""The compiled library: instruction sets, forked children, sanitizers."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from legocompress import kernels
+from tests.support.kernel_cases import (
+    ACTIVATIONS,
+    SIZES,
+    Case,
+    case,
+    compiled,
+    random_case,
+    random_grouped_case,
+    random_winograd_case,
+)
+
+FORKED = """
+import multiprocessing, torch
+from legocompress import kernels
+from legocompress.spec import UnitShape
+
+shape = UnitShape(32, 16, (3, 3), 1, 16, 2, 1)
+packed = kernels.pack(shape, torch.randn(16, 8, 3, 3), torch.randint(0, 16, (2, 32, 1)), None)
+x = torch.randn(1, 16, 40, 40)
+
+def run(_):
+    y = kernels.lego_conv2d(x, packed, None, None, (1, 1), (1, 1), (1, 1), "none")
+    return y[0, :, 5, 6].tolist()
+
+torch.set_num_threads(2)
+with torch.inference_mode():
+    mine = run(0)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert all(other == mine for other in pool.map(run, range(4)))
+"""
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_can_run_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@compiled
+@pytest.mark.parametrize("isa", ["portable", "avx2", "sse9"])
+def test_an_instruction_set_can_be_asked_for(isa: str) -> None:
+    if isa == "avx2" and isa not in runnable_isas():
+        pytest.skip("this CPU has no AVX2")
+    code = "from legocompress import kernels as k; print(k.why_unavailable() or k.isa())"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "LEGOCOMPRESS_ISA": isa},
+    )  # fmt: skip
+    assert ("sse9" in done.stdout) if isa == "sse9" else (done.stdout.strip() == isa)
+
+
+def recorded(cases: list[tuple[Case, str, int]]) -> bytes:
+    """Calls for tests/support/kernel_driver.cpp: status, buffers, numbers."""
+    parts = [struct.pack("=q", len(cases))]
+    for one, transform, damage in cases:
+        packed = kernels.pack(
+            one.shape,
+            one.lego_filters,
+            one.index,
+            one.coefficients,
+            transform=transform,
+            stride=one.stride[0],
+        ).flatten()
+        if damage:
+            packed = packed[:-damage].clone()
+        channels_last = not one.x.is_contiguous()
+        expected = one.expected().float()
+        parts.append(struct.pack("=q", 1 if damage else 0))
+        for tensor in (packed, one.x, one.bias, one.residual, expected):
+            if tensor is None:
+                parts.append(struct.pack("=q", 0))
+                continue
+            if tensor.dim() == 4 and channels_last:
+                tensor = tensor.permute(0, 2, 3, 1)
+            parts.append(struct.pack("=q", tensor.numel()) + tensor.contiguous().numpy().tobytes())
+        code = list(ACTIVATIONS).index(one.activation)
+        sizes = (one.x.shape[0], *one.x.shape[2:], *expected.shape[2:])
+        numbers = (*sizes, *one.stride, *one.padding, *one.dilation, channels_last, code)
+        parts.append(struct.pack("=15q", one.x.shape[1], *numbers, 1 + len(parts) % 2))
+    return b"".join(parts)
+
+
+SOURCES = Path(kernels.__file__).parent / "src"
+SUPPORT = Path(__file__).parents[1] / "support"
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
+}
+
+
+def runnable_isas() -> list[str]:
+    """Every instruction set that this CPU runs, of those whose code needs flags of its own."""
+    best = kernels.isa() if kernels.available() else "portable"
+    return [
+        "portable",
+        *(["avx2"] if best in ISA_FLAGS else []),
+        *(["avx512"] if best == "avx512" else []),
+    ]
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    rnd = random.Random(0)
+    cases = [(random_case(rnd), "direct", 0) for _ in range(60)]
+    cases += [(random_winograd_case(rnd), "winograd", 0) for _ in range(40)]
+    cases += [(random_grouped_case(rnd), "direct", 0) for _ in range(20)]
+    for size in SIZES:
+        cases.append((case(c=5, size=(2, *size)), "winograd", 0))
+        for batch in (1, 3):
+            pixels = case(c=5, kernel=(1, 1), padding=(0, 0), size=(batch, *size))
+            cases.append((pixels, "direct", 0))
+            cases.append((case(c=5, stride=(2, 2), size=(batch, *size)), "direct", 0))
+    cases += [(case(channels_last=True), "winograd", 0)]
+    cases += [(case(), "direct", cut) for cut in (1, 300, 100000)]
+    (tmp_path / "calls").write_bytes(recorded(cases))
+    flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags += ["-ffp-contract=fast", "-Wno-psabi", "-pthread", f"-I{SOURCES}"]
+    isas = runnable_isas()
+    own = {f"kernel_{isa}.cpp": opts for isa, opts in ISA_FLAGS.items() if isa in isas}
+    builds = []
+    for source in [*SOURCES.glob("*.cpp"), SUPPORT / "kernel_driver.cpp"]:
+        target = str(tmp_path / f"{source.stem}.o")
+        command = [compiler, *flags, *own.get(source.name, []), "-c", str(source), "-o", target]
+        builds.append((target, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+    for _, build in builds:
+        _, said = build.communicate(timeout=300)
+        if build.returncode and "sanitize" in said:
+            pytest.skip("this compiler has no sanitizers")
+        assert build.returncode == 0, said[-2000:]
+    program = str(tmp_path / "driver")
+    objects = [target for target, _ in builds]
+    linked = subprocess.run([compiler, *flags, *objects, "-o", program], capture_output=True)
+    assert linked.returncode == 0, linked.stderr[-2000:]
+    for isa in isas:
+        ran = subprocess.run(
+            [program, str(tmp_path / "calls")],
+            capture_output=True, text=True, timeout=300, env={"LEGOCOMPRESS_ISA": isa},
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+        assert f"{isa}: {len(cases)} calls" in ran.stdout
