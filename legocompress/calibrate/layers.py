@@ -12,10 +12,11 @@ from torch import Tensor
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.journal import Journal
 from legocompress.calibrate.moments import Moments
-from legocompress.calibrate.solve import Unit, fit_unit
+from legocompress.calibrate.solve import fit_unit
 from legocompress.calibrate.stream import Call, run_to
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.storage import balance_scales, round_to_storage
+from legocompress.lego.unit import LegoUnit
 from legocompress.state.calibration import LayerRepair
 
 SAMPLES = 32_768
@@ -61,7 +62,7 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
     if before < EXACT:
         return LayerRepair(name=name, before=before**0.5, after=before**0.5)
     kept = {key: value.clone() for key, value in layer.state_dict().items()}
-    write_(layer, fit_unit(unit_of(layer), seen, held_out, seed))
+    write_(layer, fit_unit(layer.lego_shape, unit_of(layer), seen, held_out, seed))
     # The effective weight is asked for anew: the layer's class may standardise it.
     after = held_out.error(_padded(layer, next(_calls(front, name))[1][0].weight))
     if not after < before:
@@ -117,21 +118,20 @@ def _padded(layer: LegoModule, weight: Tensor) -> Tensor:
     return filters.reshape(shape.groups, shape.n_out // shape.groups, -1)
 
 
-def unit_of(layer: LegoModule) -> Unit:
-    """The unit that a layer holds, in float32."""
-    shape = layer.lego_shape
+def unit_of(layer: LegoModule) -> LegoUnit:
+    """The unit that a layer holds, in float32, its filters as a bank (m, d)."""
     gains = None if layer.coefficients is None else layer.coefficients.detach().float()
-    bank = layer.lego_filters.detach().float().reshape(shape.n_lego, -1)
-    return Unit(shape, bank, layer.index, gains)
+    bank = layer.lego_filters.detach().float().flatten(1)
+    return LegoUnit(bank, layer.index, gains)
 
 
 @torch.no_grad()
-def write_(layer: LegoModule, unit: Unit) -> None:
+def write_(layer: LegoModule, unit: LegoUnit) -> None:
     """Put the values into the layer, as its storage types hold them."""
-    filters = unit.bank.reshape(layer.lego_filters.shape)
+    filters = unit.lego_filters.reshape(layer.lego_filters.shape)
     if layer.coefficients is not None:
-        assert unit.gains is not None
-        filters, gains = balance_scales(filters, unit.gains)
+        assert unit.coefficients is not None
+        filters, gains = balance_scales(filters, unit.coefficients)
         layer.coefficients.copy_(round_to_storage(gains, layer.coefficients_dtype))
     layer.lego_filters.copy_(round_to_storage(filters, layer.storage_dtype))
     layer.index.copy_(unit.index)

@@ -27,6 +27,7 @@ from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import TORCH_DTYPES, dequantize_filters
 from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.lego.unit import LegoUnit
 from legocompress.models.factory import create
 from legocompress.models.probe import model_cfg
 from legocompress.spec import LegoSpec
@@ -198,9 +199,11 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -
     become_lego_(
         module,
         shape,
-        empty(bank),
-        torch.empty(slots, dtype=torch.int64),
-        None if layer.coefficients_dtype is None else empty(slots),
+        LegoUnit(
+            empty(bank),
+            torch.empty(slots, dtype=torch.int64),
+            None if layer.coefficients_dtype is None else empty(slots),
+        ),
         layer.dtype,
         layer.coefficients_dtype or "fp16",
     ).weight_error = layer.weight_error

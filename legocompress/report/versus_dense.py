@@ -112,7 +112,7 @@ def benchmark(
         model: a converted network on the CPU; it is deployed for the batch and threads.
         batch: images a run.
         threads: of the CPU; by default those that torch has now. Torch gets its own number back.
-        against: groups of rivals, see `legocompress.benchmark.rivals`.
+        against: groups of rivals, see `legocompress.report.rivals`.
         rounds: timed runs of each form.
         seconds: no further round starts once the timing has taken this much.
         image: one image (1, c, H, W) for the size; by default as the configuration names it.
