@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 
@@ -12,14 +11,9 @@ from torch import Tensor, nn
 from legocompress.checkpoint import CONFIG, TENSORS, check_target, config_text, timm_config
 from legocompress.errors import ExportError, LegoError
 from legocompress.files import write_tensors, writing
-from legocompress.lego.surgery import to_dense_
+from legocompress.lego.surgery import to_dense
 from legocompress.models.factory import create
 from legocompress.models.source import source_of
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """Copy a converted network with every Lego module turned back into an ordinary layer."""
-    return to_dense_(copy.deepcopy(model))
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:

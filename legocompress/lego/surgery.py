@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -121,6 +122,11 @@ def to_dense_(model: ModelT) -> ModelT:
             if isinstance(value, Replacement):
                 del part.__dict__[name]
     return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Copy a converted network with every Lego module turned back into an ordinary layer."""
+    return to_dense_(copy.deepcopy(model))
 
 
 class Replacement:

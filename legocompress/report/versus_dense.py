@@ -15,7 +15,7 @@ from legocompress.deploy.choices import DENSE_ROUTES
 from legocompress.deploy.network import Deployment, deploy_, undeploy_
 from legocompress.deploy.timing import interleaved, settling
 from legocompress.errors import UsageError
-from legocompress.export.dense import to_dense
+from legocompress.lego.surgery import to_dense
 from legocompress.models.probe import default_input
 from legocompress.models.source import source_of
 from legocompress.report.measurement import measure
