@@ -294,7 +294,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     assert marker.exists()  # so it runs where pickles are trusted
     marker.unlink()
     (tmp_path / "x.npz").write_bytes(raw)
-    with pytest.raises(DataError, match=r"is no .npz file"):
+    with pytest.raises(DataError, match=r"is not an .npz file"):
         lego.open_images(str(tmp_path / "x.npz"), model())
     assert not marker.exists()
 
@@ -330,7 +330,7 @@ def test_damaged_arrays(tmp_path: Path) -> None:
 def test_one_array_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.save(file, EIGHT)
-    with pytest.raises(DataError, match=r"is no .npz file"):
+    with pytest.raises(DataError, match=r"is not an .npz file"):
         lego.open_images(str(tmp_path / "x.npz"), model())
 
 
