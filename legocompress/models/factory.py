@@ -80,7 +80,7 @@ def create(
     Raises:
         ModelNameError: no library knows the name.
         UsageError: an argument does not fit the architecture.
-        WeightsError: the weights cannot be had, read, or do not fit.
+        WeightsError: the weights cannot be loaded, or do not fit.
     """
     source, cfg = resolve(name)
     args = {"num_classes": num_classes, "in_chans": in_chans, **(model_args or {})}
