@@ -1,4 +1,4 @@
-"""Repair the Lego layers of a network one after the other, each on what the ones before give it."""
+"""Repair the Lego layers of a network one after the other, on the inputs that they really get."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
         return LayerRepair(name=name, note="the original's outputs are zero")
     if before < EXACT:
         return LayerRepair(name=name, before=before**0.5, after=before**0.5)
-    kept = {key: value.clone() for key, value in layer.state_dict().items()}
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
     write_(layer, fit_unit(layer.lego_shape, unit_of(layer), seen, held_out, seed))
-    # The effective weight is asked for anew: the layer's class may standardise it.
+    # Read the effective weight again, since the class of the layer may standardise it.
     after = held_out.error(_padded(layer, next(_calls(front, name))[1][0].weight))
     if not after < before:
-        layer.load_state_dict(kept)
+        layer.load_state_dict(state)
         after = before
     return LayerRepair(name=name, before=before**0.5, after=after**0.5)
 
 
 def _calls(front: Front, name: str) -> Iterator[tuple[list[Call], list[Call]]]:
-    """The convs that the layer runs in both networks, batch by batch."""
+    """Yield the convs that the layer runs in both networks, batch by batch."""
     n_calls = front.steps[name].calls
     for original, model, images in front.batches():
         yield (
@@ -82,7 +82,7 @@ def _calls(front: Front, name: str) -> Iterator[tuple[list[Call], list[Call]]]:
 
 
 def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Moments, Moments]:
-    """Sums over sampled pixels of most images, and of the rest."""
+    """Sum moments over sampled pixels: of the images to fit, and of the held-out images."""
     shape = layer.lego_shape
     channels = shape.n_split * shape.width
     patch = channels * shape.kernel[0] * shape.kernel[1]
@@ -99,8 +99,8 @@ def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Mom
             held = (image + first) % HELD_OUT == HELD_OUT - 1
             filters = _padded(layer, target.weight)
             x = call.patches(image, position, channels).float()
-            wanted = target.patches(image, position, channels).float()
-            y = torch.einsum("pgd,gnd->pgn", wanted, filters)
+            original_x = target.patches(image, position, channels).float()
+            y = torch.einsum("pgd,gnd->pgn", original_x, filters)
             both[0].add(x[~held], y[~held])
             both[1].add(x[held], y[held])
         first += len(ours[0].x)
@@ -127,7 +127,7 @@ def unit_of(layer: LegoModule) -> LegoUnit:
 
 @torch.no_grad()
 def write_(layer: LegoModule, unit: LegoUnit) -> None:
-    """Put the values into the layer, as its storage types hold them."""
+    """Write a unit into the layer, rounded to its storage dtypes."""
     filters = unit.lego_filters.reshape(layer.lego_filters.shape)
     if layer.coefficients is not None:
         assert unit.coefficients is not None
@@ -141,7 +141,7 @@ def write_(layer: LegoModule, unit: LegoUnit) -> None:
 def sample(
     n_images: int, n_pixels: int, per_image: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pixels of every image, without repetition: image (P,) and position (P,)."""
+    """Draw pixels of every image without repetition: image (P,) and position (P,)."""
     if per_image >= n_pixels:
         position = torch.arange(n_pixels).repeat(n_images)
     else:

@@ -32,12 +32,12 @@ def padded_filters(shape: UnitShape, unit: LegoUnit, bank: Tensor | None = None)
 def fit_unit(
     shape: UnitShape, unit: LegoUnit, seen: Moments, held_out: Moments, seed: int
 ) -> LegoUnit:
-    """The unit of the same form that fits `seen` best, as far as `held_out` agrees.
+    """Fit a unit of the same sizes to `seen`, and return the round that is best on `held_out`.
 
-    Starts by clustering the best unconstrained filters in the mean metric of all splits; then each
-    round chooses the slots anew, split after split, by matching pursuit in the exact metric, and
-    lowers the error over the bank by conjugate gradients. No step raises the error on `seen`; the
-    round of least error on `held_out` is returned, and rounds end where neither falls.
+    It starts by clustering the best unconstrained filters in the mean metric of all splits. Then
+    each round chooses the slots again, split by split, by matching pursuit in the exact metric, and
+    lowers the error over the bank by conjugate gradients. No step raises the error on `seen`. The
+    rounds end when the error on `held_out` no longer falls.
     """
     best, least = unit, held_out.error(padded_filters(shape, unit))
     unit = _restart(unit, seen, seed)
@@ -67,7 +67,7 @@ def _restart(unit: LegoUnit, seen: Moments, seed: int) -> LegoUnit:
 
 
 def improve_slots(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
-    """Choose every slot's Lego filters and coefficients anew, all outputs of a split at once."""
+    """Choose Lego filters and coefficients of every slot again, all outputs of a split at once."""
     o, n, _ = unit.index.shape
     g, bank = shape.groups, unit.lego_filters
     index, signed = unit.index.clone(), unit.coefficients is not None
@@ -94,7 +94,7 @@ def improve_slots(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
 def _best_slots(
     inner: Tensor, gram: Tensor, index: Tensor, gains: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Pick k of m filters for every row, by products (rows, m) with it and (m, m) among them."""
+    """Pick k of m filters for every row, from products (rows, m) with the row and a Gram (m, m)."""
     scale = gram.diagonal().clamp(min=TINY).rsqrt() if signed else torch.ones_like(gram[0])
     picks, new = pursue(inner * scale, gram * scale[:, None] * scale, index.shape[1], signed)
     new = new * scale[picks]
@@ -103,7 +103,7 @@ def _best_slots(
 
 
 def _gain(inner: Tensor, gram: Tensor, index: Tensor, gains: Tensor) -> Tensor:
-    """By how much the picks lower the squared error of each row."""
+    """How much the picks lower the squared error of each row."""
     among = gram[index[:, :, None], index[:, None, :]]
     own = (among * gains[:, :, None] * gains[:, None, :]).sum((1, 2))
     return 2 * (inner.gather(1, index) * gains).sum(1) - own
@@ -112,8 +112,8 @@ def _gain(inner: Tensor, gram: Tensor, index: Tensor, gains: Tensor) -> Tensor:
 def improve_bank(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
     """Lower the error over the bank by conjugate gradients.
 
-    A Lego filter's own block of the Hessian is the sum of its squared coefficients times the metric
-    of the splits that use it; with the mean metric in its place, that is the preconditioner.
+    The block of a Lego filter in the Hessian is the sum of its squared coefficients times the
+    metric of the splits that use it. The preconditioner is this block with the mean metric of all splits.
     """
     o, n, k = unit.index.shape
     m, d = unit.lego_filters.shape
