@@ -113,7 +113,8 @@ def improve_bank(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
     """Lower the error over the bank by conjugate gradients.
 
     The block of a Lego filter in the Hessian is the sum of its squared coefficients times the
-    metric of the splits that use it. The preconditioner is this block with the mean metric of all splits.
+    metric of the splits that use it. The preconditioner is this block with the mean metric of all
+    splits.
     """
     o, n, k = unit.index.shape
     m, d = unit.lego_filters.shape

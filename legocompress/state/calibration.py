@@ -13,7 +13,8 @@ class LayerRepair(_Record):
     """The error of the output of one layer on held-out images, before and after its repair.
 
     The error is ||y - y'|| / ||y|| without bias, where y comes from the original network and y'
-    from the converted one, each on its own inputs. It is None, with a note, where the layer was skipped.
+    from the converted one, each on its own inputs. It is None, with a note, where the layer was
+    skipped.
     """
 
     name: str
