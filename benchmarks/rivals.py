@@ -38,7 +38,7 @@ from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.stream import run_to
 from legocompress.checkpoint.codec import encode
 from legocompress.models.probe import default_input, evaluating
-from legocompress.report.macs import fvcore_macs
+from legocompress.report.macs import count_macs_with_fvcore
 
 METHODS = (*SHRINKS, "palette")
 BATCH = 32
@@ -60,7 +60,7 @@ def macs(network: nn.Module) -> int:
     """Multiply-accumulates of one image, by fvcore."""
     image = default_input(network)
     assert image is not None
-    counted = fvcore_macs(network, image)
+    counted = count_macs_with_fvcore(network, image)
     assert counted is not None
     return counted
 

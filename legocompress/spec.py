@@ -25,10 +25,10 @@ class _Value(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise SpecError(_explain(error)) from None
+            raise SpecError(_describe_faults(error)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def _describe_faults(error: ValidationError) -> str:
     faults = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"])

@@ -181,7 +181,7 @@ def test_a_name_with_brackets_matches_itself() -> None:
 
 
 def test_a_malformed_regular_expression_is_told() -> None:
-    with pytest.raises(PatternError, match=r"'re:layer\(' is no regular expression"):
+    with pytest.raises(PatternError, match=r"'re:layer\(' is not a regular expression"):
         matches("re:layer(", "layer1")
 
 

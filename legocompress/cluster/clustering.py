@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from legocompress.cluster.lloyd import lloyd, start
+from legocompress.cluster.lloyd import initialize_bank, run_lloyd
 from legocompress.cluster.pursuit import alternate, learn_plain
 from legocompress.cluster.state import State
 from legocompress.lego.unit import LegoUnit
@@ -55,7 +55,7 @@ def clusterings(
 ) -> Iterator[LegoUnit]:
     """As `cluster` for several numbers of terms, whose common start is computed once."""
     for n_terms in terms:
-        _check(fragments, n_lego, n_terms, coefficients)
+        _check_arguments(fragments, n_lego, n_terms, coefficients)
     fragments = fragments.detach()
     distinct, number = fragments, torch.arange(len(fragments), device=fragments.device)
     if n_lego < len(fragments):
@@ -71,28 +71,28 @@ def clusterings(
             continue
         generator = torch.Generator().manual_seed(seed)
         if coefficients:
-            bank = start(x / scale, n_lego, True, generator) if bank is None else bank
-            state = _balance(_signed(x / scale, bank, n_terms))
+            bank = initialize_bank(x / scale, n_lego, True, generator) if bank is None else bank
+            state = _balance_scales(_fit_signed(x / scale, bank, n_terms))
         else:
-            state = _plain(x / scale, n_lego, n_terms, generator)
-        yield _restore(state, scale, fragments.dtype, coefficients)
+            state = _fit_plain(x / scale, n_lego, n_terms, generator)
+        yield _restore_scale(state, scale, fragments.dtype, coefficients)
 
 
-def _signed(x: Tensor, bank: Tensor, n_terms: int) -> State:
-    return lloyd(x, bank, True) if n_terms == 1 else alternate(x, bank, n_terms, True)
+def _fit_signed(x: Tensor, bank: Tensor, n_terms: int) -> State:
+    return run_lloyd(x, bank, True) if n_terms == 1 else alternate(x, bank, n_terms, True)
 
 
-def _plain(x: Tensor, n_lego: int, n_terms: int, generator: torch.Generator) -> State:
+def _fit_plain(x: Tensor, n_lego: int, n_terms: int, generator: torch.Generator) -> State:
     mean = x.mean(0)  # k-means does not see a shift, rounding does
     x = x - mean
     if n_terms == 1:
-        state = lloyd(x, start(x, n_lego, False, generator), False)
+        state = run_lloyd(x, initialize_bank(x, n_lego, False, generator), False)
     else:
         state = learn_plain(x, n_lego, n_terms, generator)
     return replace(state, bank=state.bank + mean / n_terms)
 
 
-def _check(fragments: Tensor, n_lego: int, n_terms: int, coefficients: bool) -> None:
+def _check_arguments(fragments: Tensor, n_lego: int, n_terms: int, coefficients: bool) -> None:
     if fragments.ndim != 2 or fragments.numel() == 0 or not fragments.is_floating_point():
         raise ValueError(
             "fragments must be a non-empty floating (N, d) matrix, "
@@ -124,7 +124,7 @@ def _exact_copy(
     return LegoUnit(bank, torch.where(term == 0, number[:, None], zero), None)
 
 
-def _balance(state: State) -> State:
+def _balance_scales(state: State) -> State:
     """Move scale from coefficients to Lego filters until every filter's have RMS one."""
     slot = state.index.flatten()
     square = state.gain.new_zeros(len(state.bank)).index_put_(
@@ -137,7 +137,7 @@ def _balance(state: State) -> State:
     return replace(state, bank=state.bank * scale[:, None], gain=gain)
 
 
-def _restore(state: State, scale: Tensor, dtype: torch.dtype, signed: bool) -> LegoUnit:
+def _restore_scale(state: State, scale: Tensor, dtype: torch.dtype, signed: bool) -> LegoUnit:
     limit = torch.finfo(dtype).max
     bank = (state.bank * scale).clamp(-limit, limit).to(dtype)
     gain = state.gain.clamp(-limit, limit).to(dtype) if signed else None

@@ -52,7 +52,7 @@ class _Exchanger:
     ) -> tuple[Tensor, Tensor, Tensor]:
         inner = segment_sum(self.gram, mine, begin, self.weight[mine])
         own = inner[row, mine]
-        square = _row_sum(own, begin) / count.square().clamp(min=1)
+        square = _sum_runs(own, begin) / count.square().clamp(min=1)
         explained, share = square * count, 1 / (count + 1)
         own = self.energy[mine] - 2 * own / count[row] + square[row]
         inner.mul_(2 * share[:, None]).addcmul_(self.energy, share[:, None])
@@ -64,11 +64,11 @@ class _Exchanger:
         for _ in range(power_steps):
             inner = segment_sum(self.gram, mine, begin, self.weight[mine])
             own = inner[row, mine]
-            length = _row_sum(own * self.weight[mine], begin).clamp(min=TINY).sqrt()
+            length = _sum_runs(own * self.weight[mine], begin).clamp(min=TINY).sqrt()
             own = own / length[row]
             self.weight[mine] = own
         inner /= length[:, None]
-        explained = _row_sum(own.square(), begin)
+        explained = _sum_runs(own.square(), begin)
         gap = (self.energy - explained[:, None]).div_(2)
         inner.square_().mul_(explained[:, None]).addcmul_(gap, gap).sqrt_().add_(gap)
         return inner, own, explained
@@ -133,7 +133,7 @@ class _Exchanger:
         self.weight[mover] = angle.sin() / angle.cos().clamp(min=1e-3)
 
 
-def _row_sum(values: Tensor, begin: Tensor) -> Tensor:
+def _sum_runs(values: Tensor, begin: Tensor) -> Tensor:
     """Sum runs of `values` that start at `begin`."""
     ids = torch.arange(len(values), device=values.device)
     return segment_sum(values[:, None], ids, begin, torch.ones_like(values))[:, 0]

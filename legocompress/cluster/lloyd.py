@@ -9,10 +9,10 @@ from legocompress.cluster.state import (
     WIDE_CHUNK,
     State,
     assemble,
+    normalize_rows,
     one_thread,
     segment_sum,
     segments,
-    unit,
 )
 
 BLOCK = 4096  # fragments merged together: bounds time and the Gram matrix (64 MB in float32)
@@ -20,7 +20,7 @@ LLOYD_ROUNDS = 10
 IMPROVEMENT = 2e-4  # stop where a round lowers the squared error by less than this share
 
 
-def start(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> Tensor:
+def initialize_bank(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> Tensor:
     """Return a bank (n_lego, d), block by block so that a Gram matrix stays small."""
     n_blocks = max(1, min(-(-len(x) // BLOCK), n_lego // 64))
     order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -54,7 +54,7 @@ def centres(x: Tensor, label: Tensor, gain: Tensor | None, n_lego: int) -> Tenso
     members, starts, size = segments(label, n_lego)
     weight = torch.ones_like(x[:, 0]) if gain is None else gain
     total = segment_sum(x, members, starts, weight[members])
-    return total / size.clamp(min=1)[:, None] if gain is None else unit(total)
+    return total / size.clamp(min=1)[:, None] if gain is None else normalize_rows(total)
 
 
 def _assign(x: Tensor, bank: Tensor, signed: bool) -> State:
@@ -79,11 +79,11 @@ def reseed(x: Tensor, state: State, bank: Tensor, signed: bool) -> Tensor:
     missing = (x - assemble(state)).square().sum(1)
     worst = missing.topk(min(int(unused.sum()), len(x))).indices
     bank = bank.clone()
-    bank[unused.nonzero()[: len(worst), 0]] = unit(x[worst]) if signed else x[worst]
+    bank[unused.nonzero()[: len(worst), 0]] = normalize_rows(x[worst]) if signed else x[worst]
     return bank
 
 
-def lloyd(x: Tensor, bank: Tensor, signed: bool) -> State:
+def run_lloyd(x: Tensor, bank: Tensor, signed: bool) -> State:
     """Alternate assignment and centres from `bank` (n_lego, d) while the error falls."""
     best = _assign(x, bank, signed)
     for _ in range(LLOYD_ROUNDS):

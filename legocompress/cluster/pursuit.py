@@ -5,16 +5,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from legocompress.cluster.lloyd import lloyd, reseed, start
+from legocompress.cluster.lloyd import initialize_bank, reseed, run_lloyd
 from legocompress.cluster.state import (
     TINY,
     WIDE_CHUNK,
     State,
     assemble,
+    normalize_rows,
     one_thread,
     segment_sum,
     segments,
-    unit,
 )
 
 LEARN_ROUNDS = 20
@@ -117,7 +117,7 @@ def alternate(x: Tensor, bank: Tensor, n_terms: int, signed: bool) -> State:
     best = _pursue(x, bank, n_terms, signed)
     for _ in range(LEARN_ROUNDS):
         bank = reseed(x, best, _least_squares(x, best), signed)
-        state = _pursue(x, unit(bank) if signed else bank, n_terms, signed)
+        state = _pursue(x, normalize_rows(bank) if signed else bank, n_terms, signed)
         if not state.error < best.error:
             break
         done = best.error - state.error < LEARN_IMPROVEMENT * state.error
@@ -131,12 +131,12 @@ def learn_plain(x: Tensor, n_lego: int, n_terms: int, generator: torch.Generator
     """Begin with a share of the bank for every term, each fitted to what the ones before leave."""
     left, shares = x, []
     for share in torch.arange(n_lego).tensor_split(n_terms):
-        state = lloyd(left, start(left, len(share), False, generator), False)
+        state = run_lloyd(left, initialize_bank(left, len(share), False, generator), False)
         left = left - assemble(state)
         shares.append(state.bank)
     best = alternate(x, torch.cat(shares), n_terms, False)
     # One term and filters of zeros for the others: no worse than a single term, whatever x is.
-    single = start(x, n_lego - n_terms + 1, False, generator)
+    single = initialize_bank(x, n_lego - n_terms + 1, False, generator)
     zeros = single.new_zeros(n_terms - 1, x.shape[1])
     other = alternate(x, torch.cat([single, zeros]), n_terms, False)
     return best if best.error <= other.error else other

@@ -35,7 +35,7 @@ def segment_sum(rows: Tensor, members: Tensor, starts: Tensor, weight: Tensor) -
     return F.embedding_bag(members, rows, starts, mode="sum", per_sample_weights=weight)
 
 
-def unit(rows: Tensor) -> Tensor:
+def normalize_rows(rows: Tensor) -> Tensor:
     """Scale every row to length one."""
     return F.normalize(rows, dim=1, eps=TINY)
 

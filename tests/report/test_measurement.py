@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.report.latency import latency
-from legocompress.report.macs import cheapest_routes, fvcore_macs
+from legocompress.report.latency import time_forms
+from legocompress.report.macs import count_macs_with_fvcore, use_cheapest_routes
 from legocompress.report.results import Report
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -159,7 +159,7 @@ def test_fvcore_agrees_with_linear_layers_converted(settings: dict[str, Any]) ->
     merges = [row for row in report.rows if row.n_lego and row.macs < row.dense_macs]
     assert merges
     expected = report.total("macs")
-    assert fvcore_macs(model, image) == report.fvcore_macs == expected
+    assert count_macs_with_fvcore(model, image) == report.fvcore_macs == expected
 
 
 def test_two_names_and_calls_of_one_conv_count_once_and_twice() -> None:
@@ -228,7 +228,7 @@ def test_the_cheapest_routes_give_the_same_outputs() -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         expected = model(x)
-        with cheapest_routes(model):
+        with use_cheapest_routes(model):
             assert [m.route for _, m in lego.lego_modules(model)] == ["reference", "assemble"]
             torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
     assert [m.route for _, m in lego.lego_modules(model)] == ["assemble", "assemble"]
@@ -243,7 +243,7 @@ def test_a_slower_form_has_a_ratio_below_one() -> None:
         return lambda: (order.append(name), matrix @ matrix)
 
     forms = {"first": form("first", small), "second": form("second", large)}
-    first, second = latency(forms, torch.zeros(3, 1), repeats=5)
+    first, second = time_forms(forms, torch.zeros(3, 1), repeats=5)
     assert order == ["first", "second"] * 6  # interleaved, one round of warming up
     assert first.ratio == 1
     assert second.ratio < 0.5
@@ -251,5 +251,5 @@ def test_a_slower_form_has_a_ratio_below_one() -> None:
     assert second.quartiles_ms[0] <= second.median_ms <= second.quartiles_ms[1]
     assert (first.batch, first.repeats, first.device, first.dtype) == (3, 5, "cpu", "float32")
     assert first.threads == torch.get_num_threads()
-    (once,) = latency({"a": forms["first"]}, torch.zeros(1, 1), repeats=1)
+    (once,) = time_forms({"a": forms["first"]}, torch.zeros(1, 1), repeats=1)
     assert once.quartiles_ms == (once.median_ms, once.median_ms)

@@ -16,7 +16,7 @@ def test_runtimes_compute_the_same() -> None:
         pytest.importorskip(package)
     model = lego.to_dense(network()).eval()
     x = torch.rand(2, 3, 32, 32)
-    found = dict(forms.rivals(model, None, x, ("onnxruntime", "openvino"), lambda name: None))
+    found = dict(forms.build_rivals(model, None, x, ("onnxruntime", "openvino"), lambda name: None))
     for form in found.values():
         assert not isinstance(form, str), form
         torch.testing.assert_close(torch.as_tensor(form()), model(x).detach(), rtol=1e-3, atol=1e-4)

@@ -59,12 +59,12 @@ def test_forms_theory_and_layers_of_one_run() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "_scripted", lambda model, x: lambda: model(x) + 1)
+    monkeypatch.setattr(forms, "_build_scripted", lambda model, x: lambda: model(x) + 1)
     monkeypatch.setattr(
-        forms, "_onnxruntime", lambda model, x: forms._library("no_such", "no-such")
+        forms, "_build_onnxruntime", lambda model, x: forms._import_library("no_such", "no-such")
     )
     model = lego.to_dense(network()).eval()
-    found = dict(forms.rivals(model, "nothing", IMAGE, forms.AGAINST[:3], lambda name: None))
+    found = dict(forms.build_rivals(model, "nothing", IMAGE, forms.AGAINST[:3], lambda name: None))
     assert found["jit, frozen and optimized"] == "it computes something else"
     assert found["torchvision"] == "torchvision has no network called 'nothing'"
     assert found["ONNX Runtime"] == "no-such is not installed: pip install no-such"
