@@ -1,6 +1,6 @@
 """Measure the peak memory of one call, as the operating system counts it.
 
-That includes the scratch space of the kernels, which PyTorch does not see.
+This includes the scratch space of the kernels.
 """
 
 from __future__ import annotations

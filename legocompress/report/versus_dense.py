@@ -69,9 +69,9 @@ class LayerTime:
 class BenchmarkRun:
     """The times of all forms at one batch size and number of threads.
 
-    `rounds` is how often each form was timed, `clock` what they were timed with. `strongest` names
-    the fastest dense form. `bound` and `bound_used` are those of `LayerTime`, for the whole network.
-    `left_out` gives the reason for each form that could not run.
+    `rounds` is how often each form was timed, and `clock` what they were timed with. `strongest`
+    names the fastest dense form. `bound` and `bound_used` are as in `LayerTime`, but for the whole
+    network. `left_out` gives the reason for each form that could not run.
     """
 
     batch: int
