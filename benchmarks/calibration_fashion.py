@@ -5,7 +5,7 @@
 Claim: with 2,048 unlabelled images and no fine-tuning, at most 1.5, 0.6, 6.0 and 1.2 points are
 lost at (m, o, k) = (0.5, 2, 1), (0.5, 2, 4), (0.25, 4, 1) and (0.25, 4, 4), in at most 120 s.
 Prints the points lost as clustered and as calibrated, mean and range over the seeds; exit status 1
-where a target is missed. Takes one to two minutes per setting and seed. The network `vgg` is
+where a target is missed. Takes about two minutes per setting and seed. The network `vgg` is
 trained first, where --cache does not hold it. Rows are appended to --out and not measured again.
 """
 

@@ -5,7 +5,7 @@
 Claim: at equal MACs, Lego filters lose less accuracy than truncated SVD, Tucker-2 and pruning, all
 repaired with the same unlabelled images of Fashion-MNIST. Prints the points lost by each rival and
 by ours; exit status 1 where a rival is ahead at equal MACs. Ours have one m and o for all layers,
-and those of each layer within the same bytes or MACs. Takes about ten minutes per setting and seed.
+and those of each layer within the same bytes or MACs. Takes tens of minutes per setting and seed.
 Needs `pip install 'legocompress[bench]'`. Rows are appended to --out and not measured again.
 """
 

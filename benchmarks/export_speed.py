@@ -3,8 +3,8 @@
     python -m benchmarks.export_forms --weights-dir weights --out exports --results export.jsonl
     python -m benchmarks.export_speed --out exports --results export.jsonl --latency 31 --threads 1
 
-Claim: `assemble-at-load` runs as fast as dense and loads a little slower; `lego` does not pay in
-these runtimes. The first command writes the files. Prints the medians and quartiles of dense / form
+Claim: `assemble-at-load` runs as fast as dense and takes longer to load; `lego` pays in large
+networks only. The first command writes the files. Prints the medians and quartiles of dense / form
 over interleaved runs of batch 1, in ONNX Runtime and OpenVINO. Takes about a minute per network.
 Rows are appended to --results and not measured again; `--table` prints what is there.
 """

@@ -6,7 +6,7 @@
 Claim: three epochs of the recipe `fashion-mnist` bring the shipped network back to within a point
 of dense at 4x. Each row is a start (calibrated, clustered, a rival, ...) and changes of the recipe;
 `--list` names them. Prints size, MACs and test accuracy before and after, mean and spread over the
-seeds, of all rows in --out. A row takes about ten minutes per seed on one core. Rows that --out
+seeds, of all rows in --out. Takes ten minutes or more per row and seed on one core. Rows that --out
 holds are not run again, and one that was interrupted goes on. Test accuracy is that of the last
 epoch as it is stored; no epoch is chosen by the test images.
 """

@@ -3,8 +3,8 @@
     python -m benchmarks.train_demo --data-dir fashion-mnist --out legocompress/demo/fashion-resnet
 
 Claim: the shipped network is a small timm ResNet that anybody can train again: Fashion-MNIST, 18
-epochs, seed 0, one thread. Prints the accuracy before and after rounding to fp16. Takes about 50
-minutes on one core. `--epochs 0 --sample N --calibration N` writes the shipped images only.
+epochs, seed 0, one thread. Prints the accuracy before and after rounding to fp16. Takes about an
+hour on one core. `--epochs 0 --sample N --calibration N` writes the shipped images only.
 
 The folder written is a timm hub folder: `timm.create_model("local-dir:FOLDER", pretrained=True)`
 rebuilds the network without this script and without legocompress.

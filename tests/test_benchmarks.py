@@ -21,7 +21,7 @@ def test_help_gives_the_claim_and_the_command(
     with pytest.raises(SystemExit) as end:
         script.main()
     assert end.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert f"python -m benchmarks.{name}" in text
     assert "Claim: " in text
     assert "Takes " in text
