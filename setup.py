@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("legocompress/kernels/src")
-# fp-contract: a product and a sum become one instruction. psabi: no function takes or returns vectors.
+# fp-contract: a product and a sum become one instruction. psabi: no function passes a vector.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -53,7 +53,7 @@ class BuildKernels(build_ext):
                 ext.optional = False
                 raise
             logging.getLogger("legocompress").warning(
-                "legocompress: no compiled kernels (%s). Everything works without them, only slower; "
+                "legocompress: no compiled kernels (%s). Everything works without them, slower; "
                 "to have them, install again where g++ or clang++ is available.",
                 str(error).partition("\n")[0],
             )
