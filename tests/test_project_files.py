@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -9,11 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pytest depends on it there
-    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -43,7 +39,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def project() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    # pytest depends on tomli where Python has no tomllib.
+    reader = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    values: dict[str, Any] = reader.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return values
 
 
 def targets() -> set[str]:
