@@ -48,6 +48,7 @@ def test_costs_of_a_factorised_network(network: nn.Module) -> None:
     assert rivals.macs(found) == 8 * 8 * 18 * 8 + 4 * 4 * size + 80
 
 
+@pytest.mark.slow
 def test_costs_of_a_palette(network: nn.Module) -> None:
     pytest.importorskip("sklearn")
     found = shrink.palettised(network, NAMES, 0)

@@ -564,6 +564,7 @@ def test_fx_traces_linear_and_frozen_modules() -> None:
     close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["assemble", "reference"])
 def test_compiling_gives_the_same_function_without_graph_breaks(route: str) -> None:
     model = nn.Sequential(

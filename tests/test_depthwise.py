@@ -19,6 +19,7 @@ PLAIN: Any = ((1, 1), (1, 1), (1, 1))
 SIZES = [(7, 7), (14, 14), (5, 9), (28, 28), (56, 56), (3, 61), (112, 112), (1, 1), (120, 130)]
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("threads", [1, 2])
 def test_random_depthwise_convs_equal_pytorchs(threads: int) -> None:
@@ -60,6 +61,7 @@ def test_what_is_not_finite_stays_in_its_window() -> None:
     assert (set(rows.tolist()), set(columns.tolist())) == ({2, 3, 4}, {3, 4, 5})
 
 
+@pytest.mark.slow
 @compiled
 def test_the_operator() -> None:
     x, weight, bias = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3), torch.randn(6)

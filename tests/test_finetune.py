@@ -56,6 +56,7 @@ def outputs(model: nn.Module) -> Tensor:
         return model.eval()(torch.randn(4, 1, 16, 16, generator=generator))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "coefficients"), [(1, True), (2, True), (1, False)])
 def test_training_learns_and_stores_what_it_evaluated(
     k: int, coefficients: bool, images: Path, tmp_path: Path
@@ -112,6 +113,7 @@ def test_nothing_that_trains_is_refused(images: Path) -> None:
         train(compressed(), images, {"stages": [{**FROZEN[0], "rates": rates}]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -142,12 +144,14 @@ def test_every_ingredient_trains(changes: dict[str, Any], images: Path) -> None:
     assert math.isfinite(epochs[0].progress.loss)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_evaluated(images: Path) -> None:
     plain, _ = train(compressed(), images, {})
     averaged, _ = train(compressed(), images, {"ema": {"decay": 0.9, "warmup": False}})
     assert not torch.equal(outputs(plain), outputs(averaged))
 
 
+@pytest.mark.slow
 def test_accumulation_of_parts_is_one_batch(images: Path) -> None:
     """Norms by their running statistics, so that parts do not see each other."""
     frozen = {"norm_stats": "frozen"}
@@ -157,6 +161,7 @@ def test_accumulation_of_parts_is_one_batch(images: Path) -> None:
     assert math.isclose(one[-1].progress.loss, two[-1].progress.loss, rel_tol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_labels_the_original_teaches(tmp_path: Path) -> None:
     images = write_images(tmp_path / "x.npz", labels=False)
     changes = {"stages": [{"epochs": 4}], "distill": {"labels": 0, "logits": 1}}
@@ -169,6 +174,7 @@ def test_without_labels_the_original_teaches(tmp_path: Path) -> None:
         train(compressed(), images, {})
 
 
+@pytest.mark.slow
 def test_labels_that_are_not_read_change_nothing(images: Path, tmp_path: Path) -> None:
     changes = {"stages": ONE, "distill": {"labels": 0, "logits": 1}}
     bare = write_images(tmp_path / "bare.npz", labels=False)
@@ -206,6 +212,7 @@ def test_the_files_of_a_run(images: Path, tmp_path: Path) -> None:
     assert again.lego_record.recipe == noted["recipe"]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(compressed(), images, {"stages": ONE}, out=out)
@@ -248,6 +255,7 @@ def test_a_loss_that_is_no_number_stops(images: Path, tmp_path: Path) -> None:
     assert not (out / "last").exists()
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_stays(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     model = compressed()
@@ -296,6 +304,7 @@ def full_disk(limit: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2_000, 30_000])
 def test_a_full_disk_leaves_the_checkpoint_before(limit: int, images: Path, tmp_path: Path) -> None:
     """The smaller limit stops the network's file, the larger one the state's."""

@@ -10,6 +10,7 @@ from legocompress.calibrate import FEWEST, layers
 from tests.calibrating import Odd, converted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("coefficients", "k"), [(True, 1), (True, 2), (False, 1)])
 def test_every_kind_of_layer_gets_no_worse(coefficients: bool, k: int) -> None:
     original = Odd().eval()
