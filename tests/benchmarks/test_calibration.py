@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +47,7 @@ def test_costs_of_a_factorised_network(network: nn.Module) -> None:
     assert costs.count_macs(found) == 8 * 8 * 18 * 8 + 4 * 4 * size + 80
 
 
+@pytest.mark.slow
 def test_costs_of_a_palette(network: nn.Module) -> None:
     pytest.importorskip("sklearn")
     found = palette.palettise(network, NAMES, 0)
@@ -73,7 +77,7 @@ def test_a_factorised_layer_is_one_kernel(network: nn.Module, method: str) -> No
     pytest.importorskip(repair.PACKAGES.get(method, "torch"))
     conv = network.get_submodule("1")
     chain = {"svd": low_rank.make_svd, "tucker": low_rank.make_tucker}[method](conv, 0.8)
-    kernel = low_rank.merge_kernels([part.weight for part in chain])
+    kernel = low_rank.merge_kernels([part.weight for part in chain])  # type: ignore[misc]
     x = torch.randn(3, 8, 7, 7)
     whole = torch.conv2d(x, kernel, stride=2, padding=1)
     assert torch.allclose(chain(x), whole, atol=1e-5)
@@ -123,20 +127,22 @@ def test_errors_of_factorised_layers_are_those_of_their_kernels(
     )
 
 
+def count_macs_at(make: Callable[..., Any], network: nn.Module, ratio: float) -> int:
+    return costs.count_macs(make(network, NAMES, ratio).network)
+
+
 def test_shares_by_layer_lose_less_at_the_same_cost(network: nn.Module) -> None:
     with torch.no_grad():  # one layer is of rank one, the other of full rank
         conv = network.get_submodule("1")
         conv.weight.copy_(conv.weight[:1] * torch.arange(1.0, 13.0).reshape(-1, 1, 1, 1))
     lost = {}
     for variant, make in repair.SHRINKS["svd"].items():
-        ratio = costs.find_largest_ratio(
-            lambda r, make=make: costs.count_macs(make(network, NAMES, r).network), 12_000
-        )
+        ratio = costs.find_largest_ratio(partial(count_macs_at, make, network), 12_000)
         found = make(network, NAMES, ratio).network
         assert costs.count_macs(found) <= 12_000
         kept = [found.get_submodule(name) for name in NAMES]
         lost[variant] = sum(
-            low_rank.measure_svd_error(network.get_submodule(name), part)
+            low_rank.measure_svd_error(network.get_submodule(name), part)  # type: ignore[misc]
             for name, part in zip(NAMES, kept, strict=True)
             if isinstance(part, nn.Sequential)
         )

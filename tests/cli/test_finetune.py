@@ -47,6 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 USUAL = ["finetune", "net", "--recipe", "r.yaml", "--data-dir", "images.npz"]
 
 
+@pytest.mark.slow
 def test_the_usual_way(run: Run) -> None:
     code, out, err = run(*USUAL)
     assert code == 0, err
@@ -72,6 +73,7 @@ def test_json_is_the_only_output(run: Run) -> None:
     assert lego.load("x/best").fc.out_features == 5  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_the_original_by_name_and_by_weights(run: Run) -> None:
     from safetensors.torch import save_file
 
@@ -84,6 +86,7 @@ def test_the_original_by_name_and_by_weights(run: Run) -> None:
     assert run(*distils, "--original", "net")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_original_that_the_checkpoint_names(run: Run, tmp_path: Path) -> None:
     """The shipped network: a few updates on its own images, without labels."""
     demo = Path(lego.__file__).parent / "demo"
@@ -98,6 +101,7 @@ def test_the_original_that_the_checkpoint_names(run: Run, tmp_path: Path) -> Non
     assert lego.load("shipped-ft/last").lego_record.recipe is not None  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [

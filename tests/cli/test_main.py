@@ -87,6 +87,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What the commands do
 
 
+@pytest.mark.slow
 def test_convert_writes_what_the_library_writes(run: Run, tmp_path: Path, compressed: Path) -> None:
     ran = run("convert", DENSE, "--k", 2, "--out", tmp_path / "out")
     assert (ran.code, ran.err) == (0, "")
@@ -100,6 +101,7 @@ def test_convert_writes_what_the_library_writes(run: Run, tmp_path: Path, compre
     assert snapshot(tmp_path) == {"out", "out/config.json", "out/model.safetensors"}
 
 
+@pytest.mark.slow
 def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None:
     ran = run("convert", *SMALL, "--m", 0.5, ALL, "--json", "--seed", 3)
     assert (ran.code, ran.err) == (0, "")
@@ -114,6 +116,7 @@ def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None
     assert model.lego_source.weights == "random, seed 3"
 
 
+@pytest.mark.slow
 def test_options_reach_the_spec(run: Run, tmp_path: Path) -> None:
     ran = run("convert", *SMALL, "--m", 0.75, "--o", 4, "--k", 3, "--binary", "--dtype", "bf16",
               "--rule", "layer2.*:m=0.5,o=2", "--skip", "layer1.*", "--only", "re:layer.*",
@@ -150,6 +153,7 @@ def test_looking_writes_nothing(run: Run, tmp_path: Path, command: list[str]) ->
     assert (found["other_params"], found["other_bits"]) == (plan.other_params, plan.other_bits)
 
 
+@pytest.mark.slow
 def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
     words = [DENSE, "--max-size", 0.6, "--max-macs", 0.8]
     ran = run("convert", *words, "--only", "layer1.*", "--only", "layer4.*", "--json")
@@ -168,6 +172,7 @@ def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
     assert "skipped by name" in shown.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -184,6 +189,7 @@ def test_budgets_that_mean_nothing(run: Run, words: list[object], said: str) -> 
     failed(ran, ran.code, said)
 
 
+@pytest.mark.slow
 def test_report_says_what_the_library_measures(run: Run, compressed: Path) -> None:
     ran = run("report", compressed)
     assert (ran.code, ran.err) == (0, "")
@@ -198,6 +204,7 @@ def test_report_says_what_the_library_measures(run: Run, compressed: Path) -> No
     assert found["totals"]["stored_bytes"] == sum(f.stat().st_size for f in compressed.iterdir())
 
 
+@pytest.mark.slow
 def test_report_times_the_forms(run: Run, compressed: Path) -> None:
     ran = run("report", compressed, "--repeats", 1)
     assert (ran.code, ran.err) == (0, "")
@@ -207,6 +214,7 @@ def test_report_times_the_forms(run: Run, compressed: Path) -> None:
     assert all("1 threads" in line and "batch 1" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_evaluate_says_what_the_library_finds(run: Run, compressed: Path) -> None:
     ran = run("evaluate", compressed, "--data", SAMPLE, "--original", DENSE, "-b", 250, "--json")
     assert (ran.code, ran.err) == (0, "")
@@ -236,6 +244,7 @@ def test_export_is_loaded_by_timm(run: Run, tmp_path: Path, compressed: Path) ->
     assert run("export", compressed, "--out", path, "--force").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "name"),
     [
@@ -263,6 +272,7 @@ def test_export_writes_every_kind(
     failed(run("export", "x", "--to", *words), 2, "exists already", "--force")
 
 
+@pytest.mark.slow
 def test_export_shows_how_far_off_it_is(run: Run, compressed: Path) -> None:
     ran = run("export", compressed, "--to", "pt2", "--form", "dense", "--out", "here.pt2")
     assert ran.code == 0
@@ -275,7 +285,7 @@ def test_export_tells_what_a_kind_cannot_hold(run: Run, compressed: Path, tmp_pa
     for kind in ("dense", "timm"):
         words = ("export", compressed, "--to", kind, "--form", "lego")
         failed(run(*words), 2, "--form is for onnx and pt2")
-    words = ("export", compressed, "--to", "pt2", "--form", "assemble-at-load", "--out", "x")
+    words = ("export", compressed, "--to", "pt2", "--form", "assemble-at-load", "--out", "x")  # type: ignore[assignment]
     failed(run(*words), 2, "is for ONNX")
     assert not list(tmp_path.iterdir())
 
@@ -320,6 +330,7 @@ def test_version(run: Run) -> None:
     assert lego.__version__ in run("--version").out
 
 
+@pytest.mark.slow
 def test_calibration_repairs_and_is_reported(run: Run, tmp_path: Path, compressed: Path) -> None:
     options = ["--data", PHOTOS, "--images", 60, "--epochs", 1]
     ran = run("calibrate", compressed, "--out", tmp_path / "out", *options)
@@ -336,6 +347,7 @@ def test_calibration_repairs_and_is_reported(run: Run, tmp_path: Path, compresse
     assert json.loads(run("report", compressed, "--json").out)["calibration"] is None
 
 
+@pytest.mark.slow
 def test_calibration_tells_accuracy_where_labels_are_given(
     run: Run, tmp_path: Path, compressed: Path
 ) -> None:
@@ -352,6 +364,7 @@ def test_calibration_tells_accuracy_where_labels_are_given(
     failed(run(*words, "--labelled", PHOTOS, "--out", tmp_path / "other"), 2, "no labels")
 
 
+@pytest.mark.slow
 def test_convert_calibrates_too(run: Run, tmp_path: Path) -> None:
     words = ["convert", DENSE, "--images", 20, "--epochs", 0, "--only", "layer1.*", "--json"]
     told = {}
@@ -365,6 +378,7 @@ def test_convert_calibrates_too(run: Run, tmp_path: Path) -> None:
     assert told[PHOTOS]["sha256"] != told["synthetic"]["sha256"]
 
 
+@pytest.mark.slow
 def test_few_photos_are_cropped_when_asked(run: Run, tmp_path: Path, compressed: Path) -> None:
     with np.load(PHOTOS) as file:
         np.savez(tmp_path / "few.npz", images=file["images"][:12])
@@ -382,6 +396,7 @@ def test_few_photos_are_cropped_when_asked(run: Run, tmp_path: Path, compressed:
     failed(run(*words, tmp_path / "other", "--crops", 3), 2, "--crops takes parts of photos")
 
 
+@pytest.mark.slow
 def test_calibration_needs_an_original_and_images(
     run: Run, tmp_path: Path, compressed: Path
 ) -> None:
@@ -411,6 +426,7 @@ def broken(tmp_path: Path, compressed: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "convert"])
 @pytest.mark.parametrize(
     ("words", "code", "told"),
@@ -474,6 +490,7 @@ def test_weights_that_are_not_finite(run: Run, tmp_path: Path, value: float) -> 
     assert snapshot(tmp_path) == {"bad.safetensors"}
 
 
+@pytest.mark.slow
 def test_an_existing_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
@@ -509,6 +526,7 @@ def test_a_compressed_folder_is_not_converted_again(run: Run, compressed: Path) 
     failed(run("inspect", compressed), 2, "compressed already")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images(run: Run, tmp_path: Path, compressed: Path, workers: int) -> None:
     failed(run("evaluate", compressed, "--data", "nowhere", "-j", workers), 1, "no images at")
@@ -536,6 +554,7 @@ def test_options_of_a_model_are_not_ignored_for_a_folder(run: Run, compressed: P
     failed(ran, 2, "num_classes")
 
 
+@pytest.mark.slow
 def test_the_image_size_alone_can_be_given_for_a_grey_network(run: Run) -> None:
     ran = run("evaluate", DENSE, "--data", SAMPLE, "--img-size", 56, "--json")
     assert (ran.code, ran.err) == (0, "")
@@ -577,6 +596,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 COMMAND = [sys.executable, "-c", "from legocompress_cli.main import main; main()"]
 
 
+@pytest.mark.slow
 def test_the_process_ends_as_main_says(tmp_path: Path) -> None:
     ran = subprocess.run(
         [*COMMAND, "--debug", "convert", DENSE, "--m", "0"],
@@ -592,6 +612,7 @@ def test_the_process_ends_as_main_says(tmp_path: Path) -> None:
     failed(Ran(ran.returncode, ran.stdout, ran.stderr), 2, "m=0")
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "inspect", DENSE],

@@ -20,6 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "COMPILE_SECONDS", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_forms_theory_and_layers_of_one_run() -> None:
     model, threads = network(), torch.get_num_threads()
@@ -57,6 +58,7 @@ def test_forms_theory_and_layers_of_one_run() -> None:
     assert json.loads(json.dumps(run.to_dict()))["ratio"] == run.ratio
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "_scripted", lambda model, x: lambda: model(x) + 1)
@@ -71,6 +73,7 @@ def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert callable(found["eager"])
 
 
+@pytest.mark.slow
 def test_the_table_of_the_script(tmp_path: Path, quick: None) -> None:
     run = lego.benchmark(
         network(), 1, 1, ("dense",), 2, 60, IMAGE, also=merges.list_merges
