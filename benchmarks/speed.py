@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.benchmark import rivals
 from legocompress.benchmark.rivals import AGAINST, Form
-from legocompress.deploy.graph import trace
-from legocompress.deploy.site import ConvSite
+from legocompress.deploy.conv_layer import DeployedConv
+from legocompress.deploy.fusing import fuse_graph
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2")
 SETTINGS = {"m0.5-o2": (0.5, 2, 1), "m0.25-o4": (0.25, 4, 1),
@@ -49,41 +49,44 @@ def compressed(network: str, setting: str, cache: Path) -> nn.Module:
 
 def other_merges(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Form]]:
     """The Lego network by merges of plain operators; the layers that are dense run as oneDNN's."""
-    yield PAPER, by_sites(model, x, paper_merge)
-    yield "merge: index_select", by_sites(model, x, "reference")
-    yield "merge: embedding_bag", by_sites(model, x, "table")
+    yield PAPER, run_lego_layers_by(model, x, paper_merge)
+    yield "merge: index_select", run_lego_layers_by(model, x, "reference")
+    yield "merge: embedding_bag", run_lego_layers_by(model, x, "table")
 
 
-def by_sites(model: nn.Module, x: Tensor, route: str | Callable[[ConvSite], object]) -> Form:
-    """The network's deployed graph with every Lego layer on one route."""
-    graph = trace("", model, (x,))
-    for site in graph.convs:
-        if not site.is_lego:
-            site.prepare("assemble", "nchw", x)
-            site.use("assemble", "nchw")
+def run_lego_layers_by(
+    model: nn.Module, x: Tensor, route: str | Callable[[DeployedConv], object]
+) -> Form:
+    """The network's deployed graph with every Lego layer on one route, or a runner of its own."""
+    graph = fuse_graph("", model, (x,))
+    for conv in graph.convs:
+        if not conv.is_lego:
+            conv.prepare("assemble", "nchw", x)
+            conv.use("assemble", "nchw")
         elif isinstance(route, str):
-            site.prepare(route, "nchw", x)  # type: ignore[arg-type]
-            site.use(route, "nchw")  # type: ignore[arg-type]
+            conv.prepare(route, "nchw", x)  # type: ignore[arg-type]
+            conv.use(route, "nchw")  # type: ignore[arg-type]
         else:
-            site.run = route(site)  # type: ignore[assignment]
+            conv.run = route(conv)  # type: ignore[assignment]
     for plain in graph.plains:
         plain.route = "kernel"
-    run = graph.runner.forward
+    run = graph.graph_module.forward
     return lambda: run(x)
 
 
-def paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
+def paper_merge(conv: DeployedConv) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
     """Each split by itself: the Lego filters, then a 1x1 conv with the dense (n, m) matrix."""
-    shape, filters, index, gains, bias = site.unit
-    g = site.geometry
+    folded = conv.folded
+    shape, filters, index, gains = folded.shape, folded.filters, folded.index, folded.coefficients
+    bias, g = folded.bias, folded.geometry
     matrices = []
     for i in range(shape.n_split):
         matrix = torch.zeros(shape.n_out, shape.n_lego)
         values = torch.ones(index[i].shape) if gains is None else gains[i]
         matrices.append(matrix.scatter_add_(1, index[i], values)[:, :, None, None])
 
-    def run(x: Tensor, residual: Tensor | None, spare: bool) -> Tensor:
-        x, padding = g.place(x)
+    def run(x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
+        x, padding = g.pad_input(x)
         y = None
         for part, matrix in zip(x.split(shape.width, 1), matrices, strict=True):
             z = F.conv2d(part, filters[:, : part.shape[1]], None, g.stride, padding, g.dilation)
@@ -94,7 +97,7 @@ def paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None, bool], Tenso
             y += bias[:, None, None]
         if residual is not None:
             y += residual
-        return torch.relu_(y) if site.activation == "relu" else y
+        return torch.relu_(y) if folded.activation == "relu" else y
 
     return run
 

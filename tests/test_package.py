@@ -37,13 +37,23 @@ LAYERS = [
     "conv",
     "probe",
     "deploy.timing",
+    "deploy.hooks",
+    "deploy.memory_format",
+    "deploy.activation",
+    "deploy.geometry",
+    "deploy.folding",
     "deploy.choices",
-    "deploy.site",
-    "deploy.plain_site",
-    "deploy.graph",
-    "deploy.taped",
-    "deploy.tune",
-    "deploy.network",
+    "deploy.backends",
+    "deploy.conv_layer",
+    "deploy.plain_layers",
+    "deploy.tracing",
+    "deploy.fusing",
+    "deploy.partition",
+    "deploy.route_plan",
+    "deploy.recorded",
+    "deploy.autotune",
+    "deploy.forward",
+    "deploy.deployment",
     "deploy",
     "plan",
     "files",
@@ -99,7 +109,8 @@ LAYERS = [
 # Files that need no other.
 GROUND = ["errors", "finetune.seeding", "spec", "cluster.state", "probe", "calibrate.record",
           "calibrate.stream", "calibrate.front", "calibrate.moments", "calibrate.joint",
-          "deploy.timing", "benchmark.memory"]  # fmt: skip
+          "deploy.timing", "deploy.hooks", "deploy.memory_format", "deploy.activation",
+          "deploy.geometry", "benchmark.memory"]  # fmt: skip
 PACKAGE = ROOT / "legocompress"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 COMMANDS = sorted((ROOT / "cli").glob("*.py"))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from legocompress import kernels
 from legocompress.benchmark.memory import peak_bytes
 from legocompress.benchmark.rivals import AGAINST, Against, Form, rivals
-from legocompress.deploy.choices import DENSE_ROUTES
-from legocompress.deploy.network import Deployment, deploy_, undeploy_
-from legocompress.deploy.timing import interleaved, settling
+from legocompress.deploy import Deployment, deploy_, undeploy_
+from legocompress.deploy.backends import DENSE_ROUTES
+from legocompress.deploy.timing import cool_down_seconds, time_interleaved
 from legocompress.errors import UsageError
 from legocompress.export.dense import to_dense
 from legocompress.measure import LayerReport, measure
@@ -23,8 +23,8 @@ from legocompress.models import source_of
 from legocompress.probe import default_input
 
 LEGO = "lego"
-# Threads of a form wait actively after it, on the cores of the next: each has so long to settle.
-SETTLE = 0.1
+# The threads of a form keep spinning after it, on the cores of the next form.
+COOL_DOWN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,12 @@ def _benchmark(
         else:
             forms[name] = form
     with torch.no_grad():
-        settle = settling(x.device, SETTLE)
-        taken = interleaved(forms, x.device, rounds, seconds, warm=True, settle=settle)
+        cool_down = cool_down_seconds(x.device, COOL_DOWN_SECONDS)
+        form_times = time_interleaved(
+            forms, x.device, rounds, seconds, warm=True, cool_down=cool_down
+        )
         peaks = {name: _peak(name, form) for name, form in forms.items()}
-    medians = {name: statistics.median(times) for name, times in taken.items()}
+    medians = {name: statistics.median(times) for name, times in form_times.items()}
     rival_names = [name for name in forms if name != LEGO and name not in extra]
     strongest = min(rival_names or [LEGO], key=lambda name: medians[name])
     totals = theory.totals()
@@ -183,13 +185,13 @@ def _benchmark(
         processor=machine.processor,
         instructions=machine.instructions,
         clock="CPU time" if machine.threads == 1 else "wall clock",
-        rounds=min(map(len, taken.values())),
+        rounds=min(map(len, form_times.values())),
         strongest=strongest,
         bound=totals["dense_macs"] / totals["macs"],
         bound_used=totals["dense_macs"] / totals["macs_used_only"],
         forms=tuple(
             _form_time(name, times, medians[strongest], peaks[name])
-            for name, times in taken.items()
+            for name, times in form_times.items()
         ),
         left_out=left_out,
         layers=tuple(_layer_times(deployment, theory.rows)),

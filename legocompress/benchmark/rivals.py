@@ -19,8 +19,8 @@ import torchvision
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.choices import Format
-from legocompress.deploy.network import deploy_
+from legocompress.deploy import deploy_
+from legocompress.deploy.memory_format import Format
 
 Against = Literal["dense", "torchvision", "onnxruntime", "openvino"]
 AGAINST: tuple[Against, ...] = get_args(Against)

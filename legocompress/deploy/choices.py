@@ -1,4 +1,4 @@
-"""Which routes a deployed network takes, layer by layer, and the machine that they hold for."""
+"""The choices of `deploy_`: memory formats and routes, with the machine that they were timed on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from legocompress import kernels
+from legocompress.deploy.memory_format import Format
 
-Format = Literal["nchw", "channels_last"]
+# The names of the backends of a conv; `backends.BACKENDS` has one entry for each.
 ConvRoute = Literal["assemble", "onednn", "reference", "table", "fused", "winograd"]
-PoolRoute = Literal["plain", "kernel"]
-SiteRoute = ConvRoute | PoolRoute
-DENSE_ROUTES: tuple[ConvRoute, ...] = ("assemble", "onednn")
-POOL_ROUTES: tuple[PoolRoute, ...] = ("plain", "kernel")
+# Pooling, mean and linear layers: PyTorch's own, or a kernel of this package.
+PlainRoute = Literal["plain", "kernel"]
+Route = ConvRoute | PlainRoute
+PLAIN_ROUTES: tuple[PlainRoute, ...] = ("plain", "kernel")
 
 Text = Annotated[str, Field(max_length=1000)]
 
@@ -27,7 +28,7 @@ class _Value(BaseModel):
 
 
 class Machine(_Value):
-    """What a choice of routes holds for; on another machine, or at other sizes, it is a guess."""
+    """What times depend on; on another machine, or at other sizes, choices are only a guess."""
 
     processor: Text
     instructions: Text
@@ -42,15 +43,15 @@ class Choices(_Value):
 
     machine: Machine
     formats: dict[Text, Format]
-    routes: dict[Text, SiteRoute]
+    routes: dict[Text, Route]
 
 
-def this_machine(inputs: tuple[Tensor, ...]) -> Machine:
-    """The machine, library and sizes that timings with these inputs would hold for."""
+def describe_machine(inputs: tuple[Tensor, ...]) -> Machine:
+    """The machine, threads, library and input sizes on which times taken now depend."""
     device = inputs[0].device
     cuda = device.type == "cuda"
     return Machine(
-        processor=torch.cuda.get_device_name(device) if cuda else _processor(),
+        processor=torch.cuda.get_device_name(device) if cuda else _processor_name(),
         instructions="none" if cuda or not kernels.available() else kernels.isa(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -59,7 +60,7 @@ def this_machine(inputs: tuple[Tensor, ...]) -> Machine:
     )
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

@@ -18,7 +18,7 @@ from legocompress import kernels
 from legocompress.codec import stored_filters
 from legocompress.conv import LegoModule, lego_modules, to_dense_
 from legocompress.convert import TORCH_DTYPES, rounded
-from legocompress.deploy.network import deploy_, deployed_graph
+from legocompress.deploy import deploy_, deployed_graph
 from legocompress.errors import DeployError, ExportError, KernelError, UsageError, first_line
 from legocompress.files import check_free, writing
 from legocompress.probe import default_input

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import legocompress as lego
 from legocompress import kernels
-from legocompress.deploy.network import deployed_graph
+from legocompress.deploy import deployed_graph
 from tests.deploying import Block, Twice, X, check, conv, converted, relative
 
 
@@ -160,4 +160,8 @@ def test_residuals_are_overwritten_only_where_nobody_reads_them(keep: bool) -> N
     model = converted(Twice(keep), torch.randn(1, 3, 9, 11))
     assert check(model, torch.randn(1, 3, 9, 11), only=("fused",)).n_sums == 2
     calls = [n for n in deployed_graph(model).graph.nodes if n.op == "call_module"]
-    assert [len(node.args) for node in calls if "sites" in node.target] == [1, 2, 2 if keep else 3]
+    assert [len(node.args) for node in calls if "deployed" in node.target] == [
+        1,
+        2,
+        2 if keep else 3,
+    ]

@@ -1,0 +1,210 @@
+"""deploy_: a network in its fastest form for one machine, batch size and number of threads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from legocompress import kernels
+from legocompress.conv import lego_modules
+from legocompress.deploy.autotune import autotune
+from legocompress.deploy.choices import Choices, ConvRoute, Machine, describe_machine
+from legocompress.deploy.forward import DeployedForward, install_, uninstall_
+from legocompress.deploy.fusing import FusedGraph
+from legocompress.deploy.memory_format import Format
+from legocompress.deploy.partition import Partition, partition_model
+from legocompress.deploy.route_plan import RoutePlan, explain_misfit, prepare_choices
+from legocompress.errors import DeployError
+
+MAX_HINTS = 16
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What `deploy_` did, kept as `model.lego_deployment`.
+
+    `milliseconds` holds, for each layer, the median of each route in each memory format
+    ('fused, nchw'); it is empty where the choices were not timed now. `notes` says which parts
+    could not be traced or deployed, and why. `hint_used` is whether the choices of the checkpoint
+    were used.
+    """
+
+    choices: Choices
+    n_layers: int
+    n_lego: int
+    n_norms: int
+    n_activations: int
+    n_sums: int
+    milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    hint_used: bool = False
+
+
+def deploy_(
+    model: ModelT,
+    example_input: Any = None,
+    choices: Choices | None = None,
+    remeasure: bool = False,
+    only: tuple[ConvRoute, ...] | None = None,
+    formats: tuple[Format, ...] = ("nchw", "channels_last"),
+    seconds: float = 60.0,
+    on_layer: Callable[[str], None] | None = None,
+) -> ModelT:
+    """Bring a network into its fastest form for this machine, in place, and return it.
+
+    The network is traced (part by part where it does not trace as a whole). BatchNorm is folded
+    exactly; activations and residual sums are fused into the layers before them. Then the routes of
+    each layer are timed in both memory formats, and the fastest whole network is used; all-dense
+    forms are among the candidates. Dense networks can be deployed, too.
+
+    The parameters stay as they are, so the network can still be saved, exported and trained. It
+    computes as before it was deployed in train mode, with gradients, under autocast, on another
+    device or dtype, after a parameter has changed, and after a hook was registered on a part of it.
+    A layer that has hooks already is not deployed.
+
+    Args:
+        model: the network; it is put into eval mode.
+        example_input: a tensor (N, c, H, W) or a tuple of two; by default one image of the size
+            that the model's configuration names. Other sizes run too, by the same choices.
+        choices: routes to use without timing any, as in `model.lego_deployment.choices`. By default
+            those of the checkpoint, if they were timed on the same kind of machine with these
+            sizes and threads.
+        remeasure: time the routes even if the checkpoint's choices could be used.
+        only: time these routes alone, in layers that have one of them.
+        formats: memory formats to try.
+        seconds: about how long to time whole networks.
+        on_layer: called with the name of each layer that has been timed, once per memory format.
+
+    Raises:
+        DeployError: the choices do not fit the network.
+        UsageError: the example contains no image.
+    """
+    undeploy_(model)
+    partition = partition_model(model.eval(), example_input)
+    machine = describe_machine(partition.images)
+    _warn_without_kernels(partition.images[0].device)
+
+    hints: tuple[Choices, ...] = getattr(model, "lego_choices", ())
+    reusable = choices
+    if choices is not None:
+        _check_fit(partition, choices)
+    elif not remeasure and only is None:
+        reusable = _fitting_hint(partition, hints, machine)
+
+    plans: list[tuple[FusedGraph, RoutePlan]] = []
+    installed: list[FusedGraph] = []
+    # A part that another part calls comes after it, and is deployed before it.
+    for part in reversed(partition.parts):
+        inputs = part.inputs()
+        if reusable is not None:
+            plan = prepare_choices(part.graph, inputs, reusable)
+        else:
+            plan = autotune(part.graph, inputs, seconds, on_layer, only, formats)
+        plans.append((part.graph, plan))
+        fault = install_(part.graph, plan.memory_format, inputs)
+        if fault is None:
+            installed.append(part.graph)
+        else:
+            partition.notes.append(f"{part.graph.name or '(root)'} runs by its own code: {fault}")
+    _freeze_undeployed_(model, installed)
+
+    made = _combine_choices(plans, machine)
+    state: Any = model
+    if only is None:
+        state.lego_choices = _add_hint(hints, made)
+    state.lego_deployment = Deployment(
+        choices=made,
+        **_count(installed),
+        milliseconds={n: ms for _, plan in plans for n, ms in plan.milliseconds.items()},
+        notes=tuple(partition.notes),
+        hint_used=choices is None and reusable is not None,
+    )
+    return model
+
+
+def undeploy_(model: ModelT) -> ModelT:
+    """Undo `deploy_`: the network runs its own code again; its weights stay frozen."""
+    uninstall_(model)
+    model.__dict__.pop("lego_deployment", None)
+    return model
+
+
+def deployed_graph(model: nn.Module) -> nn.Module:
+    """What a deployed network runs as a whole, on float tensors (N, c, H, W) in NCHW.
+
+    Raises:
+        DeployError: the network is not deployed, or only some parts of it could be traced.
+    """
+    forward = model.__dict__.get("forward")
+    if not isinstance(forward, DeployedForward) or forward.run is None:
+        raise DeployError("no single graph stands for this network: deploy_ could not trace it")
+    return forward.graph
+
+
+def _warn_without_kernels(device: torch.device) -> None:
+    reason = kernels.why_unavailable()
+    if reason is not None and device.type == "cpu":
+        _warn_once(f"deploy_ goes on without the fused kernel, slower: {reason}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("legocompress").warning(message)
+
+
+def _check_fit(partition: Partition, choices: Choices) -> None:
+    reason = explain_misfit([part.graph for part in partition.parts], choices, partition.images[0])
+    if reason is not None:
+        raise DeployError(f"the choices do not fit this network here: {reason}")
+
+
+def _fitting_hint(
+    partition: Partition, hints: tuple[Choices, ...], machine: Machine
+) -> Choices | None:
+    """The choices that were timed on such a machine, if they fit the network."""
+    hint = next((hint for hint in hints if hint.machine == machine), None)
+    if hint is None:
+        return None
+    graphs = [part.graph for part in partition.parts]
+    return hint if explain_misfit(graphs, hint, partition.images[0]) is None else None
+
+
+def _freeze_undeployed_(model: nn.Module, installed: list[FusedGraph]) -> None:
+    """Assemble the weights of the Lego layers that run by the network's own code."""
+    deployed: set[nn.Module] = set().union(*(graph.source_convs for graph in installed))
+    for _, module in lego_modules(model):
+        if module not in deployed:
+            module.freeze()
+
+
+def _combine_choices(plans: list[tuple[FusedGraph, RoutePlan]], machine: Machine) -> Choices:
+    return Choices(
+        machine=machine,
+        formats={graph.name: plan.memory_format for graph, plan in plans},
+        routes={name: route for _, plan in plans for name, route in plan.routes.items()},
+    )
+
+
+def _count(installed: list[FusedGraph]) -> dict[str, int]:
+    """The counts of a Deployment: layers, and what was folded and fused into them."""
+    convs = [conv for graph in installed for conv in graph.convs]
+    return {
+        "n_layers": len(convs),
+        "n_lego": sum(conv.is_lego for conv in convs),
+        "n_norms": sum(graph.n_norms for graph in installed),
+        "n_activations": sum(graph.n_activations for graph in installed),
+        "n_sums": sum(graph.n_sums for graph in installed),
+    }
+
+
+def _add_hint(hints: tuple[Choices, ...], choices: Choices) -> tuple[Choices, ...]:
+    """The hints of other machines and sizes, and these choices as the latest."""
+    others = tuple(hint for hint in hints if hint.machine != choices.machine)
+    return (*others, choices)[-MAX_HINTS:]
