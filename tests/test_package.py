@@ -47,6 +47,7 @@ LAYERS = [
     "deploy.conv_layer",
     "deploy.plain_layers",
     "deploy.tracing",
+    "deploy.patterns",
     "deploy.fusing",
     "deploy.partition",
     "deploy.route_plan",

@@ -92,11 +92,8 @@ def deploy_(
     _warn_without_kernels(partition.images[0].device)
 
     hints: tuple[Choices, ...] = getattr(model, "lego_choices", ())
-    reusable = choices
-    if choices is not None:
-        _check_fit(partition, choices)
-    elif not remeasure and only is None:
-        reusable = _fitting_hint(partition, hints, machine)
+    usable_hints = () if remeasure or only is not None else hints
+    reusable = _reusable_choices(partition, machine, choices, usable_hints)
 
     plans: list[tuple[FusedGraph, RoutePlan]] = []
     installed: list[FusedGraph] = []
@@ -159,21 +156,21 @@ def _warn_once(message: str) -> None:
     logging.getLogger("legocompress").warning(message)
 
 
-def _check_fit(partition: Partition, choices: Choices) -> None:
-    reason = explain_misfit([part.graph for part in partition.parts], choices, partition.images[0])
-    if reason is not None:
-        raise DeployError(f"the choices do not fit this network here: {reason}")
-
-
-def _fitting_hint(
-    partition: Partition, hints: tuple[Choices, ...], machine: Machine
+def _reusable_choices(
+    partition: Partition, machine: Machine, choices: Choices | None, hints: tuple[Choices, ...]
 ) -> Choices | None:
-    """The choices that were timed on such a machine, if they fit the network."""
-    hint = next((hint for hint in hints if hint.machine == machine), None)
-    if hint is None:
+    """The user's choices, else the hint that was timed on such a machine, if it fits the network.
+
+    Raises:
+        DeployError: the user's choices do not fit the network.
+    """
+    reusable = choices or next((hint for hint in hints if hint.machine == machine), None)
+    if reusable is None:
         return None
-    graphs = [part.graph for part in partition.parts]
-    return hint if explain_misfit(graphs, hint, partition.images[0]) is None else None
+    misfit = explain_misfit(partition.graphs, reusable, partition.images[0])
+    if misfit is not None and choices is not None:
+        raise DeployError(f"the choices do not fit this network here: {misfit}")
+    return reusable if misfit is None else None
 
 
 def _freeze_undeployed_(model: nn.Module, installed: list[FusedGraph]) -> None:

@@ -44,6 +44,11 @@ class Partition:
     parts: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def graphs(self) -> list[FusedGraph]:
+        """The graphs of the parts, in their order."""
+        return [part.graph for part in self.parts]
+
 
 def partition_model(model: nn.Module, example_input: Any = None) -> Partition:
     """Trace a network, or where it does not trace, its children, and so on down.
