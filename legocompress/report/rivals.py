@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.network import deploy_
+from legocompress.deploy import deploy_
 from legocompress.state.deployment import Format
 
 Against = Literal["dense", "torchvision", "onnxruntime", "openvino"]

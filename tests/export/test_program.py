@@ -130,7 +130,7 @@ def test_a_fused_program_calls_the_kernels_and_needs_this_package(
     def times(forms: dict[str, Any], *_: Any, **__: Any) -> dict[str, list[float]]:
         return {name: [float(name not in ("fused", "nchw fastest"))] for name in forms}
 
-    monkeypatch.setattr("legocompress.deploy.tune.interleaved", times)
+    monkeypatch.setattr("legocompress.deploy.autotune.time_interleaved", times)
     model = timm.create_model("resnet18", num_classes=7, **SMALL).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean)
