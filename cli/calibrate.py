@@ -152,8 +152,7 @@ def run(
 def _noted(network: nn.Module, record: lego.Calibration, **more: Any) -> lego.Calibration:
     """The record with more in it, which the network keeps."""
     record = record.model_copy(update=more)
-    noted: Any = network
-    noted.lego_calibration = record
+    lego.lego_state(network).calibration = record
     return record
 
 

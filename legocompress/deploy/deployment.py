@@ -20,6 +20,7 @@ from legocompress.deploy.route_plan import RoutePlan, explain_misfit, prepare_ch
 from legocompress.errors import DeployError
 from legocompress.lego.module import ModelT, lego_modules
 from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
+from legocompress.state.model_state import lego_state
 
 MAX_HINTS = 16
 
@@ -50,9 +51,9 @@ def deploy_(
         model: the network; it is put into eval mode.
         example_input: a tensor (N, c, H, W) or a tuple of two; by default one image of the size
             that the model's configuration names. Other sizes run too, by the same choices.
-        choices: routes to use without timing any, as in `model.lego_deployment.choices`. By default
-            those of the checkpoint, if they were timed on the same kind of machine with these
-            sizes and threads.
+        choices: routes to use without timing any, as `lego_state(model).deployment` holds them. By
+            default those of the checkpoint, if they were timed on the same kind of machine with
+            these sizes and threads.
         remeasure: time the routes even if the checkpoint's choices could be used.
         only: time these routes alone, in layers that have one of them.
         formats: memory formats to try.
@@ -68,7 +69,7 @@ def deploy_(
     machine = describe_machine(partition.images)
     _warn_without_kernels(partition.images[0].device)
 
-    hints: tuple[Choices, ...] = getattr(model, "lego_choices", ())
+    hints: tuple[Choices, ...] = lego_state(model).choices
     usable_hints = () if remeasure or only is not None else hints
     reusable = _reusable_choices(partition, machine, choices, usable_hints)
 
@@ -90,10 +91,10 @@ def deploy_(
     _freeze_undeployed_(model, installed)
 
     made = _combine_choices(plans, machine)
-    state: Any = model
+    state = lego_state(model)
     if only is None:
-        state.lego_choices = _add_hint(hints, made)
-    state.lego_deployment = Deployment(
+        state.choices = _add_hint(hints, made)
+    state.deployment = Deployment(
         choices=made,
         **_count(installed),
         milliseconds={n: ms for _, plan in plans for n, ms in plan.milliseconds.items()},
@@ -106,7 +107,7 @@ def deploy_(
 def undeploy_(model: ModelT) -> ModelT:
     """Undo `deploy_`: the network runs its own code again; its weights stay frozen."""
     uninstall_(model)
-    model.__dict__.pop("lego_deployment", None)
+    lego_state(model).deployment = None
     return model
 
 

@@ -22,6 +22,7 @@ from legocompress.report.measurement import measure
 from legocompress.report.memory import peak_bytes
 from legocompress.report.results import LayerReport
 from legocompress.report.rivals import AGAINST, Against, Form, rivals
+from legocompress.state.model_state import lego_state
 
 LEGO = "lego"
 # The threads of a form keep spinning after it, on the cores of the next form.
@@ -159,7 +160,7 @@ def _benchmark(
     with torch.no_grad():
         extra = dict(also(undeploy_(model), x)) if also is not None else {}
     deploy_(model, x, remeasure=True)
-    deployment: Deployment = model.lego_deployment  # type: ignore[assignment]
+    deployment: Deployment = lego_state(model).deployment  # type: ignore[assignment]
     forms: dict[str, Form] = {LEGO: lambda: model(x), **extra}
     left_out = {}
     for name, form in rivals(dense, architecture, x, against, told):

@@ -112,8 +112,8 @@ def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None
         assert found[key] == value, key
     assert found["skipped"]["conv1"].startswith("stem")
     model: Any = lego.load(tmp_path / "resnet18-lego")
-    assert model.lego_record.seed == 3
-    assert model.lego_source.weights == "random, seed 3"
+    assert lego.lego_state(model).conversion.seed == 3
+    assert lego.lego_state(model).source.weights == "random, seed 3"
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_options_reach_the_spec(run: Run, tmp_path: Path) -> None:
               ALL, "--out", "x")  # fmt: skip
     assert ran.code == 0, ran.err
     model: Any = lego.load(tmp_path / "x")
-    assert model.lego_record.spec == lego.LegoSpec(
+    assert lego.lego_state(model).conversion.spec == lego.LegoSpec(
         m=0.75, o=4, k=3, coefficients=False, dtype="bf16", rules=["layer2.*:m=0.5,o=2"],
         skip=["layer1.*"], only=["re:layer.*"], allow_expansion=True)  # fmt: skip
     units = dict(lego.lego_modules(model))
@@ -163,7 +163,7 @@ def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
     dense = lego.create(DENSE)
     spec = lego.allocate(dense, asked, max_size=0.6, max_macs=0.8)
     found = lego.load(folder)
-    assert found.lego_record.spec == spec
+    assert lego.lego_state(found).conversion.spec == spec
     totals = lego.measure(found).totals()
     assert totals["bits"] <= 0.6 * totals["dense_bits"]
     assert totals["macs_used_only"] <= 0.8 * totals["dense_macs"]
@@ -337,7 +337,7 @@ def test_calibration_repairs_and_is_reported(run: Run, tmp_path: Path, compresse
     assert (ran.code, ran.err) == (0, "")
     assert "layer1.0.conv1" in ran.out
     assert {path.name for path in tmp_path.iterdir()} == {"out"}  # no journal is left
-    record = lego.load(tmp_path / "out").lego_calibration
+    record = lego.lego_state(lego.load(tmp_path / "out")).calibration
     assert isinstance(record, lego.Calibration)
     assert (record.images, record.synthetic) == (60, False)
     assert record.error_after < record.error_before
@@ -355,7 +355,7 @@ def test_calibration_tells_accuracy_where_labels_are_given(
     ran = run(*words, "--labelled", SAMPLE, "--out", tmp_path / "out", "--json")
     assert (ran.code, ran.err) == (0, "")
     told = json.loads(ran.out)["accuracy"]
-    assert lego.load(tmp_path / "out").lego_calibration.accuracy.model_dump() == told
+    assert lego.lego_state(lego.load(tmp_path / "out")).calibration.accuracy.model_dump() == told
     for folder, key in ((compressed, "before"), (tmp_path / "out", "after")):
         found = json.loads(run("evaluate", folder, "--data", SAMPLE, "--json").out)
         assert (found["images"], found["top1"]) == (told["images"], pytest.approx(told[key]))
@@ -388,7 +388,7 @@ def test_few_photos_are_cropped_when_asked(run: Run, tmp_path: Path, compressed:
     assert "12 images are few: --crops 22 would take" in ran.err
     ran = run(*words, tmp_path / "parts", "--crops", 3)
     assert (ran.code, ran.err) == (0, "")
-    record = lego.load(tmp_path / "parts").lego_calibration
+    record = lego.lego_state(lego.load(tmp_path / "parts")).calibration
     assert (record.images, record.crops) == (36, 3)
     told = "calibrated with 36 unlabelled images (3 random crops of each photo)"
     assert told in run("report", tmp_path / "parts").out

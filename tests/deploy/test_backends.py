@@ -79,7 +79,7 @@ def test_every_route_in_both_formats(route: Any, layout: Any) -> None:
         with torch.no_grad():
             expected = model(x)
             lego.deploy_(model, x, seconds=0)
-            own = model.lego_deployment.choices
+            own = lego.lego_state(model).deployment.choices
             routes = dict.fromkeys(own.routes, route)
             if route == "fused" and isinstance(net, Geometry):  # two have padding by name or mode
                 routes |= {f"layers.{i}": own.routes[f"layers.{i}"] for i in (7,)}

@@ -95,6 +95,6 @@ def test_networks_compute_the_same(name: str, n_lego: int, n_norms: int) -> None
         expected = converted(model, x, **EXACT)(x)
         lego.deploy_(model, x, seconds=0)
         assert relative(expected, model(x)) < 1e-4
-    done = model.lego_deployment
+    done = lego.lego_state(model).deployment
     assert done.n_lego >= n_lego
     assert done.n_norms == n_norms

@@ -38,7 +38,7 @@ def test_what_does_not_trace_is_deployed_in_parts() -> None:
         expected = model(X), model(X, twice=True)
         lego.deploy_(model, X, seconds=0)
         assert relative(expected, (model(X), model(X, twice=True))) < 1e-5
-    found = model.lego_deployment
+    found = lego.lego_state(model).deployment
     assert (found.n_layers, found.n_norms) == (5, 4)
     assert found.choices.formats.keys() == {"first", "second"}
     assert "(root) is not traced as a whole: TraceError" in found.notes[0]
@@ -62,7 +62,7 @@ def test_a_detector_is_deployed_in_parts() -> None:
         assert relative(features, model.backbone(images[0][None])) < 1e-4
         assert relative(outputs, model.head(list(features.values()))) < 1e-4
         assert len(model(images)) == 1
-    done = model.lego_deployment
+    done = lego.lego_state(model).deployment
     assert "backbone" in done.choices.formats
     assert done.n_lego > 60
     assert done.notes[0].startswith("(root) is not traced as a whole")

@@ -42,7 +42,7 @@ def runs_of(model: nn.Module) -> list[RecordedRun]:
 def kernels_only(model: nn.Module) -> list[RecordedRun]:
     """The model's runs, with each layer on a kernel's route whatever is fastest here."""
     check(model, X, only=("fused", "winograd"), formats=("nchw",))
-    choices = model.lego_deployment.choices
+    choices = lego.lego_state(model).deployment.choices
     plain = {name: "kernel" for name, route in choices.routes.items() if route == "plain"}
     every = choices.model_copy(update={"routes": {**choices.routes, **plain}})
     lego.deploy_(model, X, choices=every)

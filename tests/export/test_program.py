@@ -142,7 +142,7 @@ def test_a_fused_program_calls_the_kernels_and_needs_this_package(
     for unit in units:  # as training leaves them: not rounded
         unit.lego_filters.data += 1e-3 * torch.randn_like(unit.lego_filters)
     found = lego.export_program(model, tmp_path / "x.pt2", "fused", example_input=image)
-    assert "lego_deployment" not in model.__dict__
+    assert lego.lego_state(model).deployment is None
     program = torch.export.load(found.path)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert called.count("legocompress.lego_conv2d.default") >= len(units)
