@@ -29,8 +29,9 @@ from torch.utils.data import Subset
 import legocompress as lego
 from legocompress.calibrate.calibration import EPOCHS
 from legocompress.data.images import preprocessing
-from legocompress.finetune.distill import captured
-from legocompress.finetune.loop import Epoch, finetune_
+from legocompress.finetune.distill import capture_outputs
+from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loop import finetune_
 from legocompress.finetune.optimize import add_anchor_
 from legocompress.report.measurement import measure
 from legocompress.state.conversion import ConversionRecord
@@ -133,7 +134,11 @@ def unlabelled(model: nn.Module, data_dir: str, seed: int) -> Tensor:
 
 def taught_layers(model: nn.Module, teacher: nn.Module, images: Tensor) -> list[str]:
     """Those of the stages whose outputs have kept their shape."""
-    with torch.no_grad(), captured(model, STAGES) as ours, captured(teacher, STAGES) as theirs:
+    with (
+        torch.no_grad(),
+        capture_outputs(model, STAGES) as ours,
+        capture_outputs(teacher, STAGES) as theirs,
+    ):
         model.eval()(images)
         teacher.eval()(images)
     return [name for name in STAGES if ours[name].shape == theirs[name].shape]

@@ -8,23 +8,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from legocompress.errors import DataError, UsageError
-from legocompress.finetune.distill import Criterion, captured, kl, matched_layers, relative_square
+from legocompress.finetune.distill import (
+    Criterion,
+    capture_outputs,
+    choose_feature_layers,
+    kl_divergence,
+    relative_squared_error,
+)
 from legocompress.finetune.recipe import Distill
 from tests.support.tiny import compressed, dense, recipe
 
 
 def test_kl_is_zero_at_the_original_and_scaled_by_the_square_of_the_temperature() -> None:
     ours, theirs = torch.randn(5, 4), torch.randn(5, 4)
-    assert float(kl(theirs, theirs, 3.0)) == pytest.approx(0, abs=1e-6)
+    assert float(kl_divergence(theirs, theirs, 3.0)) == pytest.approx(0, abs=1e-6)
     p, q = (theirs / 3).softmax(1), (ours / 3).softmax(1)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(kl(ours, theirs, 3.0), expected)
+    torch.testing.assert_close(kl_divergence(ours, theirs, 3.0), expected)
 
 
 def test_relative_square() -> None:
     theirs = torch.randn(2, 3)
-    assert float(relative_square(theirs, theirs)) == 0
-    torch.testing.assert_close(relative_square(3 * theirs, theirs), torch.tensor(4.0))
+    assert float(relative_squared_error(theirs, theirs)) == 0
+    torch.testing.assert_close(relative_squared_error(3 * theirs, theirs), torch.tensor(4.0))
 
 
 def test_the_loss_is_the_weighted_sum() -> None:
@@ -34,11 +40,14 @@ def test_the_loss_is_the_weighted_sum() -> None:
     assert criterion.layers == ("layer1", "layer2", "layer3", "layer4")
     x, y = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
     loss, logits = criterion(student, student, x, y)
-    with captured(student, criterion.layers) as ours, captured(original, criterion.layers) as its:
+    with (
+        capture_outputs(student, criterion.layers) as ours,
+        capture_outputs(original, criterion.layers) as its,
+    ):
         a, b = student(x), original(x)
-    features = sum(relative_square(ours[n], its[n]) for n in criterion.layers) / 4
+    features = sum(relative_squared_error(ours[n], its[n]) for n in criterion.layers) / 4
     labels = F.cross_entropy(a, y, label_smoothing=0.1)
-    torch.testing.assert_close(loss, 0.3 * labels + 0.5 * kl(a, b, 2.0) + 0.7 * features)
+    torch.testing.assert_close(loss, 0.3 * labels + 0.5 * kl_divergence(a, b, 2.0) + 0.7 * features)
     assert torch.equal(logits, a)
     assert not any(module._forward_hooks for module in student.modules())
 
@@ -56,14 +65,16 @@ def test_without_distillation_it_is_cross_entropy() -> None:
 def test_layers_are_named_or_told() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     with pytest.raises(UsageError, match="does not tell its stages"):
-        matched_layers(Distill(features=1), model, model)
-    assert matched_layers(Distill(features=1, layers=("0",)), model, model) == ("0",)
+        choose_feature_layers(Distill(features=1), model, model)
+    assert choose_feature_layers(Distill(features=1, layers=("0",)), model, model) == ("0",)
     with pytest.raises(UsageError, match="the original has no module '1'"):
-        matched_layers(Distill(features=1, layers=("1",)), model, nn.Sequential(nn.ReLU()))
+        choose_feature_layers(Distill(features=1, layers=("1",)), model, nn.Sequential(nn.ReLU()))
 
 
 def test_stages_before_every_lego_layer_are_left_out() -> None:
-    ours, its = (matched_layers(Distill(features=1), m, dense()) for m in (compressed(), dense()))
+    ours, its = (
+        choose_feature_layers(Distill(features=1), m, dense()) for m in (compressed(), dense())
+    )
     assert its == ("act1", *ours)
 
 

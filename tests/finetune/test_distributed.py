@@ -18,7 +18,12 @@ import pytest
 import torch
 
 import legocompress as lego
-from legocompress.finetune.distributed import Processes, from_environment, meet, restarted
+from legocompress.finetune.distributed import (
+    Processes,
+    agree_on_store,
+    has_restarted,
+    read_processes,
+)
 from legocompress.finetune.loop import finetune_
 from legocompress.lego.module import lego_modules
 from tests.support.tiny import compressed, recipe, write_images
@@ -179,13 +184,13 @@ def _child_of(parent: int) -> int:
 def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert from_environment() == Processes(0, 1, 0)
-    assert not restarted()
+    assert read_processes() == Processes(0, 1, 0)
+    assert not has_restarted()
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert from_environment() == Processes(5, 8, 1)
+    assert read_processes() == Processes(5, 8, 1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
+    assert has_restarted()
 
 
 def test_one_process_alone_sums_itself() -> None:
@@ -198,8 +203,8 @@ def test_processes_meet_where_earlier_ones_have_left_their_words() -> None:
 
     def start(word: str) -> None:
         with ThreadPoolExecutor(3) as pool:
-            late = pool.submit(lambda: (time.sleep(0.2), meet(store, 2, 3, patience))[1])
-            parts = [pool.submit(meet, store, rank, 3, patience) for rank in (0, 1)]
+            late = pool.submit(lambda: (time.sleep(0.2), agree_on_store(store, 2, 3, patience))[1])
+            parts = [pool.submit(agree_on_store, store, rank, 3, patience) for rank in (0, 1)]
             first, *others = [part.result() for part in (*parts, late)]
         assert not first.check(["said"])  # nothing of an earlier start
         first.set("said", word)
@@ -209,4 +214,4 @@ def test_processes_meet_where_earlier_ones_have_left_their_words() -> None:
     start("two")
     for rank in (0, 1):  # alone among what the others have left
         with pytest.raises(RuntimeError):
-            meet(store, rank, 3, timedelta(seconds=0.3))
+            agree_on_store(store, rank, 3, timedelta(seconds=0.3))

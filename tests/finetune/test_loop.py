@@ -26,8 +26,11 @@ from legocompress.errors import (
     TrainingError,
     UsageError,
 )
-from legocompress.finetune.loop import Epoch, finetune_, noted_original
-from legocompress.finetune.trainer import Progress, Trainer
+from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loop import finetune_
+from legocompress.finetune.original import create_original
+from legocompress.finetune.progress import Progress
+from legocompress.finetune.trainer import Trainer
 from legocompress.lego.module import lego_modules
 from tests.support.tiny import compressed, dense, recipe, write_images
 
@@ -372,7 +375,7 @@ def test_distilling_needs_the_original(images: Path) -> None:
     with pytest.raises(UsageError, match="not given"):
         train(compressed(), images, {"distill": {}})
     with pytest.raises(UsageError, match="--original"):
-        noted_original(compressed())
+        create_original(compressed())
     changes = {"distill": {"features": 1, "layers": ["layer9"]}}
     with pytest.raises(UsageError, match="has no module 'layer9'"):
         train(compressed(), images, changes, original=dense())
@@ -386,4 +389,4 @@ def test_a_checkpoint_names_its_original(tmp_path: Path) -> None:
     model = copy.deepcopy(teacher)
     lego.convert_(model, lego.plan(model, lego.LegoSpec(allow_expansion=True)))
     with pytest.raises(UsageError, match="random, seed 0"):
-        noted_original(model)
+        create_original(model)

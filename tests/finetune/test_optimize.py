@@ -15,11 +15,11 @@ from legocompress.finetune.optimize import (
     KINDS,
     add_anchor_,
     add_balance_,
-    clipped_parameters,
-    forget_proxies_,
-    kinds_of,
+    classify_parameters,
+    drop_proxies_,
     make_optimizer,
     make_schedule,
+    select_clipped_parameters,
     set_rates_,
 )
 from legocompress.finetune.recipe import Optimizer, Rates
@@ -33,7 +33,7 @@ def network() -> nn.Module:
 
 def test_every_parameter_has_its_kind() -> None:
     model = network()
-    kinds = kinds_of(model)
+    kinds = classify_parameters(model)
     assert kinds.keys() == dict(model.named_parameters()).keys()
     assert kinds["layer1.0.conv1.lego_filters"] == "filters"
     assert kinds["layer1.0.conv1.proxy"] == "proxies"
@@ -68,7 +68,7 @@ def test_muon_takes_neither_coefficients_nor_proxies() -> None:
     optimizer = make_optimizer(model, Optimizer(name="muon", lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     optimizer.step()
-    for name, kind in kinds_of(model).items():
+    for name, kind in classify_parameters(model).items():
         if kind != "rest":  # of which timm finds some too narrow
             assert optimizer.state[model.get_parameter(name)]["use_muon"] == (kind == "filters")
 
@@ -115,8 +115,8 @@ def test_proxies_are_forgotten_with_their_states() -> None:
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     optimizer.step()
     count = len(optimizer.state)
-    proxies = sum(kind == "proxies" for kind in kinds_of(model).values())
-    forget_proxies_(optimizer)
+    proxies = sum(kind == "proxies" for kind in classify_parameters(model).values())
+    drop_proxies_(optimizer)
     assert len(optimizer.state) == count - proxies
     assert len(optimizer.param_groups) == len(KINDS) + 1
 
@@ -183,6 +183,6 @@ def test_an_anchored_index_serves_better_and_a_free_one_drifts(k: int) -> None:
 
 def test_proxies_are_not_clipped() -> None:
     model = network()
-    clipped = {id(p) for p in clipped_parameters(model)}
+    clipped = {id(p) for p in select_clipped_parameters(model)}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in clipped) == (not name.endswith("proxy"))

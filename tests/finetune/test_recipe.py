@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from legocompress.errors import RecipeError
-from legocompress.finetune.recipe import Recipe, Stage, load_recipe, shipped_recipes
+from legocompress.finetune.recipe import Recipe, Stage
+from legocompress.finetune.recipe_loading import list_shipped_recipes, load_recipe
 from tests.support.tiny import recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -18,7 +19,7 @@ NAMES = ["cifar10-paper", "demo", "fashion-mnist", "finetune-small-data", "image
 
 
 def test_these_are_shipped() -> None:
-    assert shipped_recipes() == NAMES
+    assert list_shipped_recipes() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,16 +80,16 @@ def test_every_fault_is_told_with_its_path(tmp_path: Path) -> None:
         ("stages: [{epochs: 1}]", "optimizer: is needed"),
         (GOOD + "stages: [{epochs: 1, indices: frozen}, {epochs: 1}]", "given twice"),
         ("a: {b: 1, b: 2}", "'b' is given twice"),
-        ("- 1\n", "no YAML mapping"),
-        ("3", "no YAML mapping"),
-        ("a: [", "is no YAML"),
-        ("a: !!python/object/apply:os.system [true]", "is no YAML"),
-        ("? [a]\n: 1", "is no YAML"),
-        ("1: 2", "no YAML mapping"),
+        ("- 1\n", "not a YAML mapping"),
+        ("3", "not a YAML mapping"),
+        ("a: [", "is not valid YAML"),
+        ("a: !!python/object/apply:os.system [true]", "is not valid YAML"),
+        ("? [a]\n: 1", "is not valid YAML"),
+        ("1: 2", "not a YAML mapping"),
         ("optimizer: {lr: .inf}\nstages: [{epochs: 1}]", "optimizer.lr"),
         (GOOD + "mixup: {prob: 1}", "mixup and cutmix are both 0"),
         (GOOD + "distill: {logits: 0}", "logits and features are both 0"),
-        (GOOD + "batch_size: 10\naccumulate: 4", "no multiple"),
+        (GOOD + "batch_size: 10\naccumulate: 4", "not a multiple"),
         (GOOD + "schedule: {warmup_epochs: 1}", "leaves nothing of 1 epochs"),
         (GOOD + "distill: {labels: 0}\nlabel_smoothing: 0.1", "no labels to smooth"),
         ("optimizer: {lr: 1}\nstages: [{epochs: 1, indices: frozen}, {epochs: 1}]", "stay so"),
@@ -139,7 +140,7 @@ def test_overrides_go_where_they_point() -> None:
         ("stages.7.epochs=3", "entries 0 to 1"),
         ("stages.x.epochs=3", "entries 0 to 1"),
         ("batch_size.x=3", "batch_size has no parts"),
-        ("batch_size=[", "no YAML"),
+        ("batch_size=[", "not valid YAML"),
         ("batch_size=many", "batch_size: 'many'"),
         ("a.b.c=1", "a: unknown key"),
     ],

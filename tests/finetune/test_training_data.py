@@ -20,8 +20,12 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.data.datasets import NamedImages
 from legocompress.errors import DataError, UsageError
-from legocompress.finetune.seeding import randomness_kept, seed_all, seed_of
-from legocompress.finetune.training_data import TrainingLoader, open_training, training_transform
+from legocompress.finetune.seeding import derive_seed, preserve_random_state, seed_all
+from legocompress.finetune.training_data import (
+    TrainingLoader,
+    create_training_transform,
+    open_training,
+)
 from tests.support.tiny import dense, recipe, write_images
 
 PLAIN = {"crop": "none", "hflip": 0}
@@ -256,7 +260,7 @@ def test_a_stream_of_tar_files(model: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("crop", ["resized", "shift", "none"])
 def test_training_images_have_the_networks_size(crop: str, model: nn.Module) -> None:
-    transform = training_transform(model, recipe(augment={"crop": crop}).augment)
+    transform = create_training_transform(model, recipe(augment={"crop": crop}).augment)
     assert transform(Image.new("L", (28, 20), 100)).shape == (1, 16, 16)
 
 
@@ -266,9 +270,19 @@ def test_draws_depend_on_the_place_alone() -> None:
         seed_all(1, "a", 2)
         drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
     assert drawn[0] == drawn[1]
-    assert len({seed_of(1, "a", 2), seed_of(1, "a", 3), seed_of(2, "a", 2), seed_of("1a2")}) == 4
+    assert (
+        len(
+            {
+                derive_seed(1, "a", 2),
+                derive_seed(1, "a", 3),
+                derive_seed(2, "a", 2),
+                derive_seed("1a2"),
+            }
+        )
+        == 4
+    )
     before = (random.getstate(), torch.get_rng_state())
-    with randomness_kept():
+    with preserve_random_state():
         seed_all(7)
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
