@@ -37,7 +37,7 @@ def classify_parameters(model: nn.Module) -> dict[str, Kind]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by its class name: torch, timm and others call theirs "...Norm"."""
+    """Whether a module is a norm: by convention, "Norm" is in the names of their classes."""
     return "Norm" in type(module).__name__
 
 

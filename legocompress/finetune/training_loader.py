@@ -1,4 +1,4 @@
-"""Load training images in an order that depends on seed and epoch only, so that it can be resumed."""
+"""Load training images in an order that depends on seed and epoch only, so that runs can resume."""
 
 from __future__ import annotations
 

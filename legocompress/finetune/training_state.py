@@ -1,4 +1,4 @@
-"""The state of a training run: network, average, optimiser and position; stages; save and restore."""
+"""The state of a run, which changes with stages and is saved and restored."""
 
 from __future__ import annotations
 

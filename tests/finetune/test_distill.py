@@ -1,4 +1,4 @@
-"""The loss against its formulas."""
+"""The terms of the loss against their formulas."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_kl_is_zero_at_the_original_and_scaled_by_the_square_of_the_temperature(
     torch.testing.assert_close(kl_divergence(ours, theirs, 3.0), expected)
 
 
-def test_relative_square() -> None:
+def test_the_relative_squared_error_is_zero_at_the_original() -> None:
     theirs = torch.randn(2, 3)
     assert float(relative_squared_error(theirs, theirs)) == 0
     torch.testing.assert_close(relative_squared_error(3 * theirs, theirs), torch.tensor(4.0))
 
 
-def test_the_loss_is_the_weighted_sum() -> None:
+def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     student, original = compressed().eval(), dense()
     block = {"labels": 0.3, "logits": 0.5, "temperature": 2.0, "features": 0.7}
     criterion = Criterion(recipe(distill=block, label_smoothing=0.1), student, original)
@@ -52,7 +52,7 @@ def test_the_loss_is_the_weighted_sum() -> None:
     assert not any(module._forward_hooks for module in student.modules())
 
 
-def test_without_distillation_it_is_cross_entropy() -> None:
+def test_without_distillation_the_loss_is_cross_entropy() -> None:
     model = dense()
     x, y = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
     loss, logits = Criterion(recipe(), model, None)(model, model, x, y)
@@ -62,7 +62,7 @@ def test_without_distillation_it_is_cross_entropy() -> None:
     torch.testing.assert_close(loss, -(mixed * logits.log_softmax(1)).sum(1).mean())
 
 
-def test_layers_are_named_or_told() -> None:
+def test_feature_layers_are_named_by_recipe_or_network() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     with pytest.raises(UsageError, match="does not tell its stages"):
         choose_feature_layers(Distill(features=1), model, model)
@@ -78,7 +78,7 @@ def test_stages_before_every_lego_layer_are_left_out() -> None:
     assert its == ("act1", *ours)
 
 
-def test_an_output_that_is_no_classification() -> None:
+def test_an_output_that_is_not_a_classification_is_refused() -> None:
     model = nn.Conv2d(1, 4, 3)
     with pytest.raises(DataError, match=r"needs \(N, classes\)"):
         Criterion(recipe(), model, None)(model, model, torch.randn(1, 1, 8, 8), torch.zeros(1))

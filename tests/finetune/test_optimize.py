@@ -1,4 +1,4 @@
-"""Kinds of parameters, what decays, and rates over a schedule."""
+"""Kinds of parameters, weight decay, rates over a schedule, and gradients of proxies."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_every_parameter_has_its_kind() -> None:
     assert kinds["conv1.weight"] == kinds["fc.weight"] == kinds["fc.bias"] == "rest"
 
 
-def test_filters_and_dense_weights_decay_alone() -> None:
+def test_only_filters_and_dense_weights_decay() -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(lr=0.1, weight_decay=0.01))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -55,7 +55,7 @@ def test_filters_and_dense_weights_decay_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb", "lion", "rmsproptf", "nmuon"])
-def test_optimisers_of_timm(name: str) -> None:
+def test_optimisers_of_timm_make_finite_steps(name: str) -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(name=name, lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
@@ -69,12 +69,12 @@ def test_muon_takes_neither_coefficients_nor_proxies() -> None:
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     optimizer.step()
     for name, kind in classify_parameters(model).items():
-        if kind != "rest":  # of which timm finds some too narrow
+        if kind != "rest":  # timm finds some of these too narrow
             assert optimizer.state[model.get_parameter(name)]["use_muon"] == (kind == "filters")
 
 
 @pytest.mark.parametrize("settings", [{"name": "no_such"}, {"options": {"betaz": 1}}])
-def test_an_optimiser_that_timm_refuses(settings: dict[str, Any]) -> None:
+def test_an_optimiser_that_timm_refuses_is_reported(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="timm refuses"):
         make_optimizer(network(), Optimizer(lr=0.1, **settings))
 
@@ -82,9 +82,9 @@ def test_an_optimiser_that_timm_refuses(settings: dict[str, Any]) -> None:
 def test_rates_multiply_the_schedule() -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(lr=0.1))
-    wanted = recipe(stages=[{"epochs": 4}], schedule={"name": "cosine", "warmup_epochs": 1})
+    settings = recipe(stages=[{"epochs": 4}], schedule={"name": "cosine", "warmup_epochs": 1})
     set_rates_(model, optimizer, Rates(filters=0.5, proxies=100, norms=0))
-    schedule = make_schedule(optimizer, wanted, 10)
+    schedule = make_schedule(optimizer, settings, 10)
     seen = []
     for update in range(40):
         schedule.step_update(update)
@@ -101,7 +101,7 @@ def test_rates_multiply_the_schedule() -> None:
     assert model.get_parameter("fc.weight").requires_grad
 
 
-def test_a_constant_schedule() -> None:
+def test_a_constant_schedule_keeps_the_rate() -> None:
     optimizer = make_optimizer(network(), Optimizer(lr=0.1))
     schedule = make_schedule(optimizer, recipe(schedule={"name": "constant"}), 10)
     for update in range(20):
@@ -109,7 +109,7 @@ def test_a_constant_schedule() -> None:
         assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_proxies_are_forgotten_with_their_states() -> None:
+def test_proxies_are_dropped_with_their_states() -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
@@ -133,7 +133,7 @@ def test_balance_is_added_to_the_proxies_gradient() -> None:
     torch.testing.assert_close(module.proxy.grad, expected)
 
 
-def test_an_anchor_draws_n_to_its_start() -> None:
+def test_the_anchor_pulls_n_to_its_start() -> None:
     model = network()
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     (_, module), *_ = lego.lego_modules(model)
@@ -141,7 +141,7 @@ def test_an_anchor_draws_n_to_its_start() -> None:
     assert module.proxy.grad is not None
     before = module.proxy.grad.clone()
     add_anchor_(model, 0.5)
-    torch.testing.assert_close(module.proxy.grad, before)  # it is there
+    torch.testing.assert_close(module.proxy.grad, before)  # N is at its start
     with torch.no_grad():
         module.proxy += 1
     add_anchor_(model, 0.5)
@@ -149,8 +149,8 @@ def test_an_anchor_draws_n_to_its_start() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_an_anchored_index_serves_better_and_a_free_one_drifts(k: int) -> None:
-    """A layer's filters as target, from an index of which a third is wrong."""
+def test_an_anchored_index_fits_better_and_a_free_one_drifts(k: int) -> None:
+    """The target is a layer's filters; a third of the index is wrong at the start."""
     torch.manual_seed(0)
     target = 0.1 * torch.randn(32, 16, 3, 3)
     start = nn.Conv2d(16, 32, 3, bias=False)
