@@ -25,6 +25,6 @@ def create_original(model: nn.Module) -> nn.Module:
         raise UsageError(
             "the recipe distils the original network, and the checkpoint does not tell where it "
             f"is (its weights are: {source.weights}); name it with --original or "
-            "--original-weights, or train on labels alone with --set distill=null"
+            "--original-weights, or train on labels only with --set distill=null"
         )
     return create(source.weights, model_args=source.model_args)

@@ -114,8 +114,8 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(derive_seed(*place))
             last = number + 1 == self.recipe.accumulate
-            alone = last or self.state.runs is self.model
-            with contextlib.nullcontext() if alone else _skip_gradient_sync(self.state.runs):
+            skips_sync = not last and self.state.runs is not self.model
+            with _skip_gradient_sync(self.state.runs) if skips_sync else contextlib.nullcontext():
                 self._backward(images, labels)
         self._step_optimizer()
         if self.state.ema is not None:

@@ -20,17 +20,17 @@ from tests.support.tiny import compressed, dense, recipe
 
 
 def test_kl_is_zero_at_the_original_and_scaled_by_the_square_of_the_temperature() -> None:
-    ours, theirs = torch.randn(5, 4), torch.randn(5, 4)
-    assert float(kl_divergence(theirs, theirs, 3.0)) == pytest.approx(0, abs=1e-6)
-    p, q = (theirs / 3).softmax(1), (ours / 3).softmax(1)
+    student, original = torch.randn(5, 4), torch.randn(5, 4)
+    assert float(kl_divergence(original, original, 3.0)) == pytest.approx(0, abs=1e-6)
+    p, q = (original / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(kl_divergence(ours, theirs, 3.0), expected)
+    torch.testing.assert_close(kl_divergence(student, original, 3.0), expected)
 
 
 def test_the_relative_squared_error_is_zero_at_the_original() -> None:
-    theirs = torch.randn(2, 3)
-    assert float(relative_squared_error(theirs, theirs)) == 0
-    torch.testing.assert_close(relative_squared_error(3 * theirs, theirs), torch.tensor(4.0))
+    original = torch.randn(2, 3)
+    assert float(relative_squared_error(original, original)) == 0
+    torch.testing.assert_close(relative_squared_error(3 * original, original), torch.tensor(4.0))
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
@@ -41,11 +41,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     x, y = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 2, 0])
     loss, logits = criterion(student, student, x, y)
     with (
-        capture_outputs(student, criterion.layers) as ours,
-        capture_outputs(original, criterion.layers) as its,
+        capture_outputs(student, criterion.layers) as outputs,
+        capture_outputs(original, criterion.layers) as original_outputs,
     ):
         a, b = student(x), original(x)
-    features = sum(relative_squared_error(ours[n], its[n]) for n in criterion.layers) / 4
+    features = (
+        sum(relative_squared_error(outputs[n], original_outputs[n]) for n in criterion.layers) / 4
+    )
     labels = F.cross_entropy(a, y, label_smoothing=0.1)
     torch.testing.assert_close(loss, 0.3 * labels + 0.5 * kl_divergence(a, b, 2.0) + 0.7 * features)
     assert torch.equal(logits, a)
@@ -72,10 +74,10 @@ def test_feature_layers_are_named_by_recipe_or_network() -> None:
 
 
 def test_stages_before_every_lego_layer_are_left_out() -> None:
-    ours, its = (
+    compressed_layers, dense_layers = (
         choose_feature_layers(Distill(features=1), m, dense()) for m in (compressed(), dense())
     )
-    assert its == ("act1", *ours)
+    assert dense_layers == ("act1", *compressed_layers)
 
 
 def test_an_output_that_is_not_a_classification_is_refused() -> None:

@@ -112,15 +112,15 @@ def test_two_processes_equal_one_at_the_same_batch(tmp_path: Path) -> None:
     ranks = train_in_two_processes(tmp_path, changes)
     for name in ranks[0]:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
-    alone = train_in_one_process(tmp_path, changes)
-    check_close(ranks[0], alone)
+    single = train_in_one_process(tmp_path, changes)
+    check_close(ranks[0], single)
     before = compressed(k=2)
-    moved = [not torch.equal(alone[f"{name}.index"], m.index) for name, m in lego_modules(before)]
+    moved = [not torch.equal(single[f"{name}.index"], m.index) for name, m in lego_modules(before)]
     assert any(moved)
     rows = [(tmp_path / name / "summary.csv").read_text().splitlines() for name in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 3
-    for ours, theirs in zip(*rows, strict=True):
-        for a, b in zip(ours.split(","), theirs.split(","), strict=True):
+    for row, other_row in zip(*rows, strict=True):
+        for a, b in zip(row.split(","), other_row.split(","), strict=True):
             assert a == b or float(a) == pytest.approx(float(b), rel=1e-3)
 
 
@@ -216,6 +216,6 @@ def test_processes_agree_on_a_store_that_holds_entries_of_earlier_ones() -> None
 
     start("one")
     start("two")
-    for rank in (0, 1):  # alone among what the others have left
+    for rank in (0, 1):  # no other process starts
         with pytest.raises(RuntimeError):
             agree_on_store(store, rank, 3, timedelta(seconds=0.3))

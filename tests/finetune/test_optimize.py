@@ -85,18 +85,18 @@ def test_rates_multiply_the_schedule() -> None:
     settings = recipe(stages=[{"epochs": 4}], schedule={"name": "cosine", "warmup_epochs": 1})
     set_rates_(model, optimizer, Rates(filters=0.5, proxies=100, norms=0))
     schedule = make_schedule(optimizer, settings, 10)
-    seen = []
+    history = []
     for update in range(40):
         schedule.step_update(update)
         rates = {g["kind"]: g["lr"] for g in optimizer.param_groups}
         assert rates["filters"] == pytest.approx(0.5 * rates["rest"])
         assert rates["proxies"] == pytest.approx(100 * rates["rest"])
         assert rates["norms"] == 0
-        seen.append(rates["rest"])
-    assert seen[0] < seen[5] < seen[9]
-    assert max(seen) <= 0.1
-    assert max(seen) > 0.08
-    assert seen[39] < 0.01
+        history.append(rates["rest"])
+    assert history[0] < history[5] < history[9]
+    assert max(history) <= 0.1
+    assert max(history) > 0.08
+    assert history[39] < 0.01
     assert not model.get_parameter("bn1.weight").requires_grad
     assert model.get_parameter("fc.weight").requires_grad
 

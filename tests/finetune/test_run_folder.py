@@ -38,11 +38,11 @@ def test_the_files_of_a_run(images: Path, tmp_path: Path) -> None:
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert [float(row["eval_top1"]) for row in rows] == [e.top1 for e in epochs]
     assert [float(row["train_loss"]) for row in rows] == [e.progress.loss for e in epochs]
-    noted = yaml.safe_load((out / "args.yaml").read_text())
-    assert noted["checkpoint"] == "x"
-    assert noted["recipe"] == recipe().model_dump(mode="json")
+    args = yaml.safe_load((out / "args.yaml").read_text())
+    assert args["checkpoint"] == "x"
+    assert args["recipe"] == recipe().model_dump(mode="json")
     again = lego.load(out / "best")
-    assert again.lego_record.recipe == noted["recipe"]  # type: ignore[union-attr]
+    assert again.lego_record.recipe == args["recipe"]  # type: ignore[union-attr]
 
 
 def test_a_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:

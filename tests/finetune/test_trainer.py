@@ -24,13 +24,13 @@ def test_the_first_loss_is_that_of_the_converted_network(images: Path) -> None:
     model, twin = compressed(), compressed()
     settings = recipe(augment={"crop": "none", "hflip": 0}, norm_stats="frozen", batch_size=40)
     train_images, validation = lego.open_training(model, settings, str(images))
-    seen: list[Progress] = []
-    finetune_(model, settings, train_images, validation, on_step=seen.append)
+    steps: list[Progress] = []
+    finetune_(model, settings, train_images, validation, on_step=steps.append)
     shown = torch.stack([preprocessing(twin)[0](i) for i, _ in train_images.dataset])  # type: ignore[attr-defined]
     labels = torch.tensor([label for _, label in train_images.dataset])  # type: ignore[attr-defined]
     with torch.no_grad():
         expected = nn.functional.cross_entropy(twin(shown), labels)
-    assert math.isclose(seen[0].loss, float(expected), rel_tol=1e-5)
+    assert math.isclose(steps[0].loss, float(expected), rel_tol=1e-5)
 
 
 @pytest.mark.parametrize(
