@@ -38,8 +38,9 @@ from benchmarks.rivals.costs import COSTS
 from benchmarks.rivals.repair import Repair, compress
 from legocompress.calibrate.calibration import EPOCHS
 from legocompress.data.images import Images, preprocessing
-from legocompress.finetune.distill import captured
-from legocompress.finetune.loop import Epoch, finetune_
+from legocompress.finetune.distill import capture_outputs
+from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loop import finetune_
 from legocompress.report.measurement import measure
 from legocompress.state.conversion import ConversionRecord
 
@@ -149,7 +150,11 @@ def open_unlabelled(model: nn.Module, data_dir: str, seed: int) -> Tensor:
 
 def list_comparable_stages(model: nn.Module, teacher: nn.Module, images: Tensor) -> list[str]:
     """The stages whose outputs have the shape of the teacher's."""
-    with torch.no_grad(), captured(model, STAGES) as ours, captured(teacher, STAGES) as theirs:
+    with (
+        torch.no_grad(),
+        capture_outputs(model, STAGES) as ours,
+        capture_outputs(teacher, STAGES) as theirs,
+    ):
         model.eval()(images)
         teacher.eval()(images)
     return [name for name in STAGES if ours[name].shape == theirs[name].shape]

@@ -18,10 +18,18 @@ from timm.utils import reparameterize_model
 import legocompress as lego
 from legocompress.checkpoint import CONFIG
 from legocompress.errors import UsageError
-from legocompress.finetune.distributed import Processes, from_environment, joined, restarted
-from legocompress.finetune.loop import Epoch, finetune_, noted_original
-from legocompress.finetune.recipe import Recipe, load_recipe, shipped_recipes
-from legocompress.finetune.trainer import Progress as Step
+from legocompress.finetune.distributed import (
+    Processes,
+    has_restarted,
+    join_process_group,
+    read_processes,
+)
+from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loop import finetune_
+from legocompress.finetune.original import create_original
+from legocompress.finetune.progress import Progress as Step
+from legocompress.finetune.recipe import Recipe
+from legocompress.finetune.recipe_loading import list_shipped_recipes, load_recipe
 from legocompress.finetune.training_data import open_training
 from legocompress.models.head import reset_classifier_
 from legocompress.models.source import source_of
@@ -81,13 +89,13 @@ def finetune(
     if not (Path(checkpoint) / CONFIG).is_file():
         raise UsageError(f"{checkpoint!r} is no compressed folder; make one with `convert`")
     target = out or Path(f"{checkpoint.rstrip('/')}-ft")
-    processes = from_environment()
+    processes = read_processes()
     place = _device(device, processes)
     network = lego.load(checkpoint)
     teacher = None
     if recipe.distill is not None:
         named = original_of(network, original, original_weights)
-        teacher = (noted_original(network) if named is None else named).to(place)
+        teacher = (create_original(network) if named is None else named).to(place)
         if source_of(network).reparameterized:
             teacher = reparameterize_model(teacher)
     if num_classes is not None:
@@ -97,7 +105,7 @@ def finetune(
              "processes": processes.size, "device": str(place), "original": original,
              "num_classes": num_classes, "lego_version": lego.__version__}  # fmt: skip
     epochs: list[Epoch] = []
-    with joined(processes, place), _Shown(recipe, processes, as_json) as shown:
+    with join_process_group(processes, place), _Shown(recipe, processes, as_json) as shown:
         events = _events(target) if tensorboard and processes.first else None
 
         def on_epoch(epoch: Epoch) -> None:
@@ -113,7 +121,7 @@ def finetune(
             validation,
             teacher,
             target,
-            resume or restarted(),
+            resume or has_restarted(),
             force,
             noted,
             processes,
@@ -230,7 +238,7 @@ def _tell(target: Path, epochs: list[Epoch], as_json: bool) -> None:
 def recipes(name: str | None, as_json: bool) -> None:
     """List the shipped recipes, or show all that NAME (shipped, or a .yaml file) says."""
     if name is None:
-        found = {each: load_recipe(each) for each in shipped_recipes()}
+        found = {each: load_recipe(each) for each in list_shipped_recipes()}
         if as_json:
             render.print_json({each: r.model_dump(mode="json") for each, r in found.items()})
             return

@@ -15,7 +15,7 @@ from legocompress_cli.main import main
 
 import legocompress as lego
 from legocompress.errors import UsageError
-from legocompress.finetune.recipe import shipped_recipes
+from legocompress.finetune.recipe_loading import list_shipped_recipes
 from tests.support.tiny import compressed, dense, recipe, write_images
 
 Run = Callable[..., tuple[int, str, str]]
@@ -126,11 +126,11 @@ def test_every_fault_is_one_sentence(words: list[str], code: int, told: str, run
 def test_recipes_are_listed_and_shown(run: Run) -> None:
     code, out, _ = run("recipes")
     assert code == 0
-    assert all(name in out for name in shipped_recipes())
+    assert all(name in out for name in list_shipped_recipes())
     code, out, _ = run("recipes", "fashion-mnist")
     assert lego.Recipe(**yaml.safe_load(out)) == lego.load_recipe("fashion-mnist")
     code, out, _ = run("recipes", "--json")
-    assert sorted(json.loads(out)) == shipped_recipes()
+    assert sorted(json.loads(out)) == list_shipped_recipes()
     code, out, _ = run("recipes", "demo", "--json")
     assert json.loads(out)["stages"][0]["epochs"] == 6
     assert run("recipes", "none")[0] == 2

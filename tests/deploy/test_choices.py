@@ -59,6 +59,7 @@ def hinted(tmp_path: Path) -> Path:
     return lego.save(model, tmp_path / "hinted")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     folder = hinted(tmp_path)
     model = lego.load(folder)
@@ -77,6 +78,7 @@ def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     assert lego.lego_state(lego.load(tmp_path / "again")).choices == lego.lego_state(model).choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

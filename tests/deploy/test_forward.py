@@ -56,6 +56,7 @@ def test_a_change_is_seen(change: str) -> None:
             assert relative(expected.to(x.dtype), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_copies_exports_and_undeploying() -> None:
     model, expected = deployed()
     twin = copy.deepcopy(model)
