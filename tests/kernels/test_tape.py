@@ -14,7 +14,7 @@ from legocompress import kernels
 from legocompress.errors import KernelError
 from legocompress.kernels import Tape, recording
 from legocompress.kernels.library import call
-from legocompress.kernels.tape import LINE, Buffer, planned
+from legocompress.kernels.tape import CACHE_LINE, Buffer, plan_arena
 from tests.support.kernel_cases import case, compiled
 
 SAME = ((1, 1), (1, 1), (1, 1))
@@ -45,17 +45,17 @@ def test_buffers_that_live_at_once_do_not_overlap() -> None:
     for _ in range(200):
         firsts = [rnd.randrange(20) for _ in range(rnd.randrange(1, 15))]
         buffers = [Buffer(rnd.randrange(1, 999), i, i + rnd.randrange(6)) for i in firsts]
-        offsets, size = planned(buffers)
+        offsets, size = plan_arena(buffers)
         spans = [(at, at + one.n_bytes, one) for at, one in zip(offsets, buffers, strict=True)]
         assert size == max(end for _, end, _ in spans)
-        assert all(at % LINE == 0 for at in offsets)
+        assert all(at % CACHE_LINE == 0 for at in offsets)
         for i, (low, high, one) in enumerate(spans):
             for other_low, other_high, other in spans[:i]:
-                together = one.first <= other.last and other.first <= one.last
+                together = one.first_call <= other.last_call and other.first_call <= one.last_call
                 assert not together or high <= other_low or other_high <= low
     chain = [Buffer(640, i, i + 1) for i in range(10)]
-    assert planned(chain)[1] == 1280  # two live at a time
-    assert planned([]) == ([], 0)
+    assert plan_arena(chain)[1] == 1280  # two live at a time
+    assert plan_arena([]) == ([], 0)
 
 
 @compiled
