@@ -177,7 +177,7 @@ def _transform_filters(bank: Tensor, stride: int) -> Tensor:
 
         (1, a, ..., a^(r-1)) / product over the other points b of (a - b)
 
-    and the last row, of infinity, is (0, ..., 0, 1) (Cook and Toom; Lavin and Gray, 2016). Where 1/2
+    and the last row, of infinity, is (0, ..., 0, 1) (Cook and Toom; Lavin and Gray, 2016). If 1/2
     is a point, its factor is 2 a - 1 instead of a - 1/2, and the last row is halved.
     """
     m, q, k, _ = bank.shape

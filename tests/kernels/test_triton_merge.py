@@ -1,4 +1,4 @@
-"""The GPU merge, through Triton's interpreter on the CPU."""
+"""The GPU form, run on the CPU by Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 CODE = """
 import torch, torch.nn.functional as F
 from legocompress.kernels.triton_merge import lego_conv2d_triton
-from legocompress.spec import UnitShape
-from legocompress.unit import assemble
+from legocompress.lego.algebra import assemble
+from legocompress.lego.shape import UnitShape
 
 torch.manual_seed(0)
 shape = UnitShape(5, 6, (3, 3), 1, 3, 2, 2)
