@@ -108,12 +108,12 @@ void multiply_columns(const float* a, int64_t mr, int64_t depth, const float* co
   }
 }
 
-typedef void (*MultiplyColumns)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t,
-                             bool);
+typedef void (*MultiplyColumns)(const float*, int64_t, int64_t, const float*, int64_t, float*,
+                                int64_t, bool);
 // With more pixels than this, one vector of pixels is faster.
 constexpr int64_t kMaxColumns = kLanes >= 8 ? 4 : 1;
-const MultiplyColumns kMultiplyColumns[4] = {multiply_columns<1>, multiply_columns<2>, multiply_columns<3>,
-                                       multiply_columns<4>};
+const MultiplyColumns kMultiplyColumns[4] = {multiply_columns<1>, multiply_columns<2>,
+                                             multiply_columns<3>, multiply_columns<4>};
 
 // The panels of a split, as even as possible: the first `n_tall` have one filter more than the others.
 struct Panels {

@@ -83,7 +83,9 @@ void merge_planes(const Conv& v, int64_t tile, int64_t first, int64_t last, cons
   for_each_run(v, tile, [&](const Run& run) {
     for (int64_t j = first; j < last; j++) {
       const int64_t at = (run.image * h.n_out + j) * plane + run.first;
-      if (j + kPrefetchChannels < last) prefetch_for_write(v.y + at + kPrefetchChannels * plane, run.count);
+      if (j + kPrefetchChannels < last) {
+        prefetch_for_write(v.y + at + kPrefetchChannels * plane, run.count);
+      }
       merge_pixels<SUM, A>(z + run.offset, v.z_stride, v.rows + j * h.n_sum,
                            v.coefficients + j * h.n_sum, h.n_sum, v.bias ? v.bias[j] : 0.0f,
                            v.residual ? v.residual + at : nullptr, v.y + at, run.count);

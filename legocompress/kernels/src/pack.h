@@ -191,7 +191,7 @@ INLINE void pack_flat(const Conv& v, float* to, int64_t stride, int64_t image, i
     if (!v.channels_last && tap == 0 && c + kPrefetchChannels < channels) {
       const int64_t low = max(0, row0 * v.stride_h - v.pad_h);
       prefetch(from + (c + kPrefetchChannels) * plane + low * v.width,
-            min(v.height - low, (whole + 2) * v.stride_h) * v.width);
+               min(v.height - low, (whole + 2) * v.stride_h) * v.width);
     }
     pack_row(v, p, stride, image, channel + c, at_once, row, of_head);
     p += head;

@@ -77,7 +77,7 @@ void merge_bands(const Conv& v, int64_t tile, int64_t first, int64_t last, const
 
 template <int A>
 void merge_bands_by_terms(const Conv& v, int64_t tile, int64_t first, int64_t last, const float* z,
-                     float* line) {
+                          float* line) {
   switch (v.header->n_sum) {
     case 1: return merge_bands<1, A>(v, tile, first, last, z, line);
     case 2: return merge_bands<2, A>(v, tile, first, last, z, line);
