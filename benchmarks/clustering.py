@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from legocompress.cluster.clustering import Factors, cluster
+from legocompress.cluster.clustering import cluster
+from legocompress.lego.unit import LegoUnit
 
 WORST_ERROR_RATIO = 1.01  # our squared error over a rival's, on any layer
 LEAST_TIME_RATIO = 3.0  # scikit-learn's total time over ours
@@ -201,7 +202,7 @@ def _compare(
     return f"{ratio:12.4f} {other / mine:6.2f}"
 
 
-def _assemble(factors: Factors) -> Tensor:
+def _assemble(factors: LegoUnit) -> Tensor:
     slots = factors.lego_filters[factors.index]
     if factors.coefficients is not None:
         slots = slots * factors.coefficients[:, :, None]

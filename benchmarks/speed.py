@@ -7,7 +7,7 @@ Each call measures the cells that are asked for (network, batch, threads, settin
 the results file, one after the other, each in interleaved runs in this process; a second call goes
 on where the first ended. Networks are torchvision's at 224, with random weights: time does not
 depend on the values, but which Lego filters are used does, so the filters are clustered as ever
-and kept in --cache. Beside the dense forms of `legocompress.benchmark.rivals` run the merges that a
+and kept in --cache. Beside the dense forms of `legocompress.report.rivals` run the merges that a
 Lego network could do without a kernel, all with norms folded and activations fused in the same way:
 the dense 1x1 conv of the paper's code, index_select, and embedding_bag.
 """

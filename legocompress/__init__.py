@@ -19,12 +19,17 @@ from legocompress.export import (
     export_onnx,
     export_program,
     export_timm,
-    to_dense,
 )
 from legocompress.export.hub_upload import push
 from legocompress.finetune import Recipe, finetune_, load_recipe, open_training
 from legocompress.lego.module import LegoModule, lego_modules
-from legocompress.lego.surgery import freeze_, freeze_indices_, to_dense_, train_indices_
+from legocompress.lego.surgery import (
+    freeze_,
+    freeze_indices_,
+    to_dense,
+    to_dense_,
+    train_indices_,
+)
 from legocompress.models.factory import create
 from legocompress.models.head import reset_classifier_
 from legocompress.report.measurement import measure

@@ -1,8 +1,8 @@
-"""The package's own errors; each tells what was wrong, where, what is allowed, what to do next."""
+"""The errors of this package: what is wrong, where, what is allowed, and what to do next."""
 
 
 class LegoError(Exception):
-    """Base of every error that this package raises on purpose.
+    """Base of all errors that this package raises on purpose.
 
     `exit_code` is what the command line ends with: 1 for a failure, 2 for wrong usage.
     """
@@ -11,7 +11,7 @@ class LegoError(Exception):
 
 
 class UsageError(LegoError):
-    """The caller asked for something that cannot be meant: wrong option, value or name."""
+    """An option, value or name is wrong."""
 
     exit_code = 2
 
@@ -21,7 +21,7 @@ class SpecError(UsageError):
 
 
 class RecipeError(UsageError):
-    """A fine-tuning recipe is missing, or says something that it may not."""
+    """A fine-tuning recipe is missing or not valid."""
 
 
 class PatternError(UsageError):
@@ -33,7 +33,7 @@ class ModelNameError(UsageError):
 
 
 class OutputExistsError(UsageError):
-    """The output exists and overwriting it was not asked for."""
+    """The output exists already, and `force` was not given."""
 
 
 class PlanError(LegoError):
@@ -45,11 +45,11 @@ class ConversionError(LegoError):
 
 
 class DenseOnlyError(LegoError):
-    """An operation needs the dense weight as a tensor of its own; `to_dense` gives it back."""
+    """An operation needs the dense weight as a tensor; `to_dense` restores it."""
 
 
 class WeightsError(LegoError):
-    """Weights cannot be had, read, or do not fit the architecture."""
+    """Weights cannot be downloaded or read, or do not fit the architecture."""
 
 
 class DeployError(LegoError):
@@ -57,11 +57,11 @@ class DeployError(LegoError):
 
 
 class CheckpointError(LegoError):
-    """A compressed folder is missing, damaged, or says something that cannot be true."""
+    """A compressed folder is missing, damaged or contradictory."""
 
 
 class ExportError(LegoError):
-    """A network cannot be written in this form, or what was written is not equal to it."""
+    """A network cannot be exported in this form, or the exported file computes something else."""
 
 
 class DataError(LegoError):
@@ -69,11 +69,11 @@ class DataError(LegoError):
 
 
 class KernelError(LegoError):
-    """The fused kernel is not there, cannot run this layer, or was called with what cannot fit."""
+    """The kernels are not available, cannot run this layer, or got arguments that do not fit."""
 
 
 class TrainingError(LegoError):
-    """Training cannot go on: the loss is no number, memory is out, a worker has died."""
+    """Training cannot go on: the loss is not finite, memory is full, or a worker has died."""
 
 
 class OutputError(LegoError):

@@ -1,4 +1,4 @@
-"""Outputs that are never half written: built under a temporary name, then renamed."""
+"""Write outputs under a temporary name and rename them, so that none is ever half written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from legocompress.errors import OutputError, OutputExistsError, first_line
 
 
 def check_free(target: Path, force: bool) -> None:
-    """Raise OutputExistsError if something stands at `target` and may not be replaced."""
+    """Raise OutputExistsError if `target` exists and may not be replaced."""
     if not force and (target.exists() or target.is_symlink()):
         raise OutputExistsError(
             f"{str(target)!r} exists already; choose another --out, or replace it with --force"
@@ -27,16 +27,16 @@ def check_free(target: Path, force: bool) -> None:
 
 @contextmanager
 def writing(target: Path, force: bool = False, folder: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write; on success it takes the place of `target`, else it goes.
+    """Yield a temporary path to write to; rename it to `target` on success, else remove it.
 
     Args:
-        target: where the output is to stand.
-        force: replace what stands there.
-        folder: the output is a folder, which is made.
+        target: path of the output.
+        force: replace an existing output.
+        folder: the output is a folder, which is created.
 
     Raises:
-        OutputExistsError: something stands at `target` and `force` is not given.
-        OutputError: the disk is full or the place cannot be written.
+        OutputExistsError: `target` exists and `force` is not given.
+        OutputError: the disk is full, or the path cannot be written.
     """
     check_free(target, force)
     try:
@@ -60,7 +60,7 @@ def _replace(path: Path, target: Path, scratch: Path) -> None:
     old = scratch / "replaced"
     try:
         if path.is_dir() and target.exists():
-            # A folder cannot be renamed onto another; the old one leaves in the same breath.
+            # A folder cannot be renamed onto another one, so move the old one away first.
             os.rename(target, old)
         os.replace(path, target)
     finally:
@@ -69,11 +69,11 @@ def _replace(path: Path, target: Path, scratch: Path) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that others may read, as far as the umask lets them."""
+    """Write a safetensors file with the permissions that the umask asks for."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # the library leaves it to the owner alone
+    path.chmod(mode)  # safetensors lets the owner alone read it
 
 
 def _explained(target: Path, error: BaseException) -> OutputError:

@@ -1,7 +1,7 @@
-"""The coordinates in which filters are tuned: those in which their inputs are uncorrelated.
+"""The coordinates for tuning filters: those in which their inputs are uncorrelated.
 
-Neighbouring pixels and channels say much the same, so a step that Adam takes along one weight after
-the other moves the outputs far in some directions and hardly in others.
+Neighbouring pixels and channels are correlated. With one step size per weight, Adam would move the
+outputs far in some directions and hardly at all in others.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from legocompress.lego.module import LegoModule
 
 IMAGES = 64
 SAMPLES = 4_096
-WIDEST = 1_152  # of a fragment; eigenvectors cost its cube
+WIDEST = 1_152  # values per fragment; the cost of eigenvectors grows with the cube
 
 
 def input_bases(
     model: nn.Module, layers: Iterable[nn.Conv2d | nn.Linear | LegoModule], images: Tensor
 ) -> dict[nn.Parameter, Tensor]:
-    """Eigenvectors of the second moments of what the filters of each layer see.
+    """Compute the eigenvectors of the second moments of the inputs of each layer's filters.
 
     Args:
         model: in eval mode.
-        layers: Lego layers, whose Lego filters see the fragments of all splits, or plain convs.
-        images: (N, c, H, W), of which the first are run.
+        layers: plain convs, or Lego layers, whose filters get the fragments of all splits.
+        images: (N, c, H, W); the first `IMAGES` of them are run.
 
     Returns:
-        Of the filters (r, ...) of D numbers a row, (D, D) with an eigenvector a column. Filters
-        that saw nothing finite, or are wider than pays, are left out.
+        For filters (r, ...) with D numbers per row: a (D, D) matrix of eigenvectors as columns.
+        Filters with inputs that are not finite, or wider than `WIDEST`, are left out.
     """
     sums: dict[nn.Parameter, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
@@ -50,8 +50,8 @@ def input_bases(
             channels = shape.n_split * shape.width if shape else call.weight.shape[1]
             per_image = -(-SAMPLES // len(call.x))
             image, position = sample(len(call.x), math.prod(call.size), per_image, generator)
-            seen = call.patches(image, position, channels).reshape(-1, width).double()
-            sums[filters] = sums.get(filters, 0) + seen.mT @ seen
+            inputs = call.patches(image, position, channels).reshape(-1, width).double()
+            sums[filters] = sums.get(filters, 0) + inputs.mT @ inputs
 
     hear_calls(model, layers, images[:IMAGES], add)
     return {

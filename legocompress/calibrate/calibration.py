@@ -1,7 +1,7 @@
 """Repair a converted network with unlabelled images: each layer in turn, then all together.
 
-`layers.py` streams second moments of every layer (`moments.py`, `stream.py`, `front.py`) and fits
-its Lego unit to them (`solve.py`); `joint.py` re-estimates norms and tunes all layers at once.
+For each layer, `layers.py` streams second moments (`moments.py`, `stream.py`, `front.py`) and fits
+the Lego unit to them (`solve.py`). Then `joint.py` re-estimates norms and tunes all layers at once.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from legocompress.models.probe import evaluating
 from legocompress.state.calibration import Calibration, LayerRepair
 
 EPOCHS = 32
-STEPS = 32  # at least, in a pass over the images, as long as a step has a few
-FEW = 4
-FEWEST = 2 * HELD_OUT  # images
+STEPS = 32  # least number of steps per epoch, where the smallest batch allows it
+FEW = 4  # images in the smallest batch
+FEWEST = 2 * HELD_OUT  # least number of images
 
 
 def gather(batches: Iterable[Any], n_images: int) -> Tensor:
-    """Take the first `n_images` of some batches, images (N, c, H, W) or pairs with labels.
+    """Collect the first `n_images` of some batches, images (N, c, H, W) or pairs with labels.
 
-    They are kept in an unnamed file that the system may page out.
+    The images are stored in an unnamed file, so that the system can page them out.
 
     Raises:
         DataError: there are fewer than ten, or they differ in size.
@@ -82,31 +82,34 @@ def calibrate_(
     on_layer: Callable[[LayerRepair], None] | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Calibration:
-    """Repair a converted network in place, so that it does what the original does; no labels.
+    """Repair a converted network in place, towards the outputs of the original, without labels.
 
-    Layers are repaired in the order in which they run, each on the inputs that the repaired layers
-    before it give; norm statistics are re-estimated where that helps; then all Lego filters and
-    coefficients are tuned together. Every step is judged on one image in five, which no step uses,
-    and undone where it does not help. The record is kept as `model.lego_calibration`. One machine
-    gives the same result for the same seed.
+    1. Layers are repaired in the order in which they run. Each layer gets the inputs that the
+       repaired layers before it produce.
+    2. Norm statistics are re-estimated.
+    3. All Lego filters and coefficients are tuned together.
+
+    One image in five is held out. Steps 2 and 3 are undone where the held-out error does not fall.
+    The record is stored as `lego_state(model).calibration`. The same seed gives the same result on
+    the same machine.
 
     Args:
-        model: with Lego modules; its training flags are given back.
+        model: a network with Lego modules; its training flags are restored at the end.
         original: the same architecture with the original weights, on the same device.
-        images: (N, c, H, W), preprocessed; `gather` makes them of batches.
+        images: (N, c, H, W), preprocessed; `gather` collects them from batches.
         seed: of sampled pixels, clustering and the order of batches.
-        epochs: passes over the images of the last step; 0 leaves it out. Which of two
-            rates is found by up to an eighth more, or by a pass with each where there are few.
-        batch_size: images that run at once; fewer in the last step where there are few in all.
-        synthetic: for the record: the images are no photos.
-        journal: folder that keeps each repaired layer, so that an interrupted run goes on there
-            when it is called again with the same networks, images and settings.
+        epochs: epochs of step 3; 0 leaves it out. Choosing between two learning rates takes up to
+            an eighth more, and at least one epoch for each.
+        batch_size: images that run at once; step 3 takes fewer where there are few in all.
+        synthetic: for the record: the images are not photos.
+        journal: folder for repaired layers. An interrupted run that is called again with the same
+            networks, images and settings continues from it.
         on_layer: called after each layer.
-        on_batch: called with the batches of the last step done and in all.
+        on_batch: called with the number of batches done, and of all batches, in step 3.
 
     Raises:
-        ConversionError: the original has not the layers of the model.
-        DataError: fewer than ten images, or images that a network refuses.
+        ConversionError: the original lacks a layer of the model.
+        DataError: there are fewer than ten images, or a network refuses them.
     """
     names = {name for name, _ in original.named_modules()}
     missing = [name for name, _ in lego_modules(model) if name not in names]
@@ -173,7 +176,7 @@ def calibrate_(
 
 
 def lego_values(model: nn.Module) -> list[nn.Parameter]:
-    """Lego filters and coefficients of all layers."""
+    """List the Lego filters and coefficients of all layers."""
     pairs = [(layer.lego_filters, layer.coefficients) for _, layer in lego_modules(model)]
     return [value for pair in pairs for value in pair if value is not None]
 
@@ -181,7 +184,7 @@ def lego_values(model: nn.Module) -> list[nn.Parameter]:
 def _keep_if_better(
     model: nn.Module, judge: Callable[[], float], change: Callable[[], None]
 ) -> bool:
-    """Change the model, and change it back unless `judge` falls; whether it stays."""
+    """Change the model, and undo the change unless `judge` falls; return whether it was kept."""
     before = judge()
     state = copy_of_state(model)
     change()

@@ -1,4 +1,4 @@
-"""Few photos -> more images to calibrate on: random crops of each."""
+"""Make more calibration images from few photos: random crops of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from legocompress.data.images import Images, open_images, preprocessing
 
-SCALE = (0.3, 1.0)  # share of a photo's area that a crop shows
+SCALE = (0.3, 1.0)  # share of the area of a photo that a crop shows
 RATIO = (3 / 4, 4 / 3)
 
 
@@ -31,10 +31,10 @@ def open_crops(
 
     Args:
         where: as `open_images` takes it.
-        model: whose preprocessing follows the crop.
-        n_images: photos at most.
-        n_crops: of each; a single one is the whole photo.
-        seed: of what is drawn and of the crops.
+        model: its preprocessing follows the crop.
+        n_images: largest number of photos.
+        n_crops: crops per photo; 1 means the whole photo.
+        seed: of the drawn photos and of the crops.
         data_dir: root of a named data set.
         split: of a named data set.
 
@@ -50,8 +50,8 @@ def open_crops(
 
 
 def random_crop(transform: Callable[[Image], Tensor]) -> Callable[[Image], Tensor]:
-    """A part of the photo, drawn by PyTorch's generator, and then the transform."""
-    return partial(_crop, transform)  # which reading processes can be sent
+    """Prepend a random crop, drawn with PyTorch's generator, to a transform."""
+    return partial(_crop, transform)  # a partial can be sent to worker processes
 
 
 def _crop(transform: Callable[[Image], Tensor], photo: Image) -> Tensor:
@@ -60,18 +60,17 @@ def _crop(transform: Callable[[Image], Tensor], photo: Image) -> Tensor:
 
 
 def cropped(images: Images, n_crops: int, seed: int) -> Images:
-    """`n_crops` times as many images, of a data set whose transform is random."""
+    """Repeat a data set with a random transform `n_crops` times."""
     crops = Crops(images.dataset, images.size, n_crops, seed)
     return replace(images, dataset=crops, size=len(crops))
 
 
 @dataclass(frozen=True)
 class Crops(Dataset[tuple[Tensor, int]]):
-    """All photos in an order of chance, once more for each crop; the same for the same seed.
+    """All photos in random order, once per crop; the same seed gives the same crops.
 
-    So the images that `calibrate_` judges by are crops of any photos. To keep some photos for that
-    alone would be stricter, and costs more than it gives where there are few: what a fit then lacks
-    shows on unseen photos.
+    So the images that `calibrate_` holds out are crops of any photo. Holding out whole photos would
+    be stricter, but with few photos the fit loses more than the stricter check is worth.
     """
 
     photos: Dataset[tuple[Tensor, int]]
@@ -90,7 +89,7 @@ class Crops(Dataset[tuple[Tensor, int]]):
 
     @cached_property
     def draws(self) -> Tensor:
-        """Which photo each position shows, and the seed of its crop: (n_photos * n_crops, 2)."""
+        """The photo at each position and the seed of its crop: (n_photos * n_crops, 2)."""
         generator = torch.Generator().manual_seed(self.seed)
         rounds = [torch.randperm(self.n_photos, generator=generator) for _ in range(self.n_crops)]
         seeds = torch.randint(2**62, (len(self),), generator=generator)

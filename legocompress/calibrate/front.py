@@ -1,8 +1,8 @@
-"""Images on their way through a network, kept where the layer at hand is near.
+"""Cache the maps of all images shortly before the layer that is being calibrated.
 
-Calibrating layer after layer would run the whole network up to each of them. Where all that comes
-later depends on the output of one module alone (a residual block, a stage), that output is kept,
-and the network runs on from there.
+Without a cache, calibrating each layer would run the whole network up to it. Where the rest of the
+network depends on the output of one module alone (a residual block, a stage), that output is cached
+and the network resumes from there. We call such a module a cut.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-BUDGET = 1 << 30
+BUDGET = 1 << 30  # bytes of cached maps per network
 
 
 @dataclass(frozen=True)
 class Step:
-    """One module in a forward pass: when it is first entered and last left, how often it runs.
+    """One module in a forward pass: when it is first entered and last left, and how often it runs.
 
-    `shape` is that of its output for one image, None where that is no tensor with a row an image.
+    `shape` is the shape of its output per image, None where the output is not a tensor with one row
+    per image.
     """
 
     enter: int
@@ -37,7 +38,7 @@ class Step:
 
 
 def steps(model: nn.Module, images: Tensor) -> dict[str, Step]:
-    """Run the model once and note when its modules run."""
+    """Run the model once and record when its modules run."""
     seen: dict[str, Step] = {}
     clock = count()
     entered: dict[str, list[int]] = {}
@@ -66,12 +67,12 @@ def steps(model: nn.Module, images: Tensor) -> dict[str, Step]:
 
 
 class Front:
-    """Batches on their way through two networks of the same modules, the original and the student.
+    """The cached maps of all batches in two networks of the same modules: original and student.
 
     Args:
-        networks: both, in eval mode; nothing but layers still to be reached may change meanwhile.
+        networks: both, in eval mode; only layers behind the cache may change in the meantime.
         batches: images (N, c, H, W), at least two in the first batch.
-        budget: bytes that may be kept for each network.
+        budget: bytes of cached maps per network.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Front:
         self._kept = [[self._trial] * len(batches) for _ in networks]  # until there is a cut
 
     def advance(self, layer: str) -> None:
-        """Run every batch on to the last module before `layer` that the rest depends on alone."""
+        """Move the cache to the last cut before `layer`, and run every batch up to it."""
         first = self.steps[layer].enter
         behind = -1 if self._cut is None else self.steps[self._cut].leave
         ready = [
@@ -104,7 +105,7 @@ class Front:
                 return
 
     def batches(self) -> Iterator[tuple[nn.Module, nn.Module, Tensor]]:
-        """Both networks, which run on from where they are kept, and each batch to give them."""
+        """Yield both networks, set to resume from their caches, and the batch to call them on."""
         for number, images in enumerate(self.images):
             with ExitStack() as both:
                 for network, kept in zip(self.networks, self._kept, strict=True):
@@ -122,14 +123,14 @@ class Front:
         return n_images * math.prod(shape) * size <= self.budget
 
     def _is_cut(self, name: str) -> bool:
-        """Whether the output stays the same to the bit with zeros for all that came before."""
+        """Whether the outputs stay bit-identical with zeros in place of all earlier maps."""
         if name not in self._sound:
             network = self.networks[0]
             value = _output_of(network, network.get_submodule(name), self._trial)
             with self._resume(network, name, value):
                 try:
                     found = _outputs(network, self._trial)
-                # With zeros for the truth the user's forward may raise anything; then it is no cut.
+                # With zeros the forward of a user may raise anything; then this is not a cut.
                 except Exception:
                     found = []
             self._sound[name] = len(found) == len(self._wanted) and all(
@@ -138,7 +139,7 @@ class Front:
         return self._sound[name]
 
     def _run_on(self, name: str) -> None:
-        """Put what the module gives in the place of what was kept, batch by batch."""
+        """Replace the cached maps by the outputs of the module, batch by batch."""
         for network, kept in zip(self.networks, self._kept, strict=True):
             module = network.get_submodule(name)
             for number, images in enumerate(self.images):
@@ -147,7 +148,7 @@ class Front:
 
     @contextmanager
     def _resume(self, network: nn.Module, cut: str, value: Tensor) -> Iterator[None]:
-        """Let the cut return `value` and all modules before it zeros, without running them."""
+        """Let the cut return `value`, and all modules before it zeros, without running them."""
         end = self.steps[cut].leave
         replaced: list[nn.Module] = []
         stubs: list[str] = []
@@ -160,7 +161,7 @@ class Front:
                     continue
                 stubs.append(name)
                 zeros = partial(_zeros, value, (len(value), *step.shape))
-                # A copy each time: the network may work in place.
+                # A copy each time, since the network may work in place.
                 make = value.clone if name == cut else zeros
                 module.__dict__["forward"] = lambda *_, make=make, **__: make()
                 replaced.append(module)
@@ -171,7 +172,7 @@ class Front:
 
 
 def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Zeros of this device and type; on a CPU the system gives memory only where it is touched."""
+    """Zeros of this device and dtype; on a CPU they take no memory until they are written to."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     n_bytes = math.prod(shape) * like.element_size()
@@ -179,7 +180,7 @@ def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 class _Reached(Exception):
-    """The module's output is there; the rest of the network need not run."""
+    """Ends a forward pass once the output of a module is there."""
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
-"""After the layers: norm statistics, and all Lego values together, against the original network.
+"""After the layers: re-estimate norm statistics, and tune all Lego values together.
 
-No label is read. Either step stays only where images that it did not use say that it helps.
+Both steps work towards the original network and read no labels.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-RATES = (4e-3, 1e-3)  # a network without norms falls apart at the higher one
-TRIAL = 16  # the trial of a rate takes one part in so many of the passes
-LEAD = 1.3  # short trials favour low rates: one must beat a higher rate by more than that
+RATES = (4e-3, 1e-3)  # a network without norms can diverge at the higher one
+TRIAL = 16  # a trial of a rate takes 1/16 of the epochs
+LEAD = 1.3  # short trials favour low rates, so a lower rate must win by more than this factor
 WARM_UP = 0.1
-PURE = 0.25  # share of the steps, at the end, that see images as they are
-OUTPUTS = 0.25  # weight of the network's outputs against the mean of the maps before them
+PURE = 0.25  # share of the steps, at the end, without augmentation
+OUTPUTS = 0.25  # weight of the outputs of the network against the mean over the inner maps
 
 
 def output_error(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float:
@@ -31,23 +31,23 @@ def output_error(model: nn.Module, original: nn.Module, batches: Sequence[Tensor
     with torch.no_grad():
         for images in batches:
             both = zip(_tensors(original(images)), _tensors(model(images)), strict=True)
-            for wanted, found in both:
-                error += float((wanted.double() - found).square().sum())
-                energy += float(wanted.double().square().sum())
+            for target, output in both:
+                error += float((target.double() - output).square().sum())
+                energy += float(target.double().square().sum())
     return float((error / max(energy, 1e-30)) ** 0.5)
 
 
 def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float | None:
-    """Percentage of images on which both have the same first class; None for other outputs."""
-    same = seen = 0
+    """Percentage of images with the same first class; None for outputs other than (N, classes)."""
+    same = total = 0
     with torch.no_grad():
         for images in batches:
-            wanted, found = original(images), model(images)
-            if not isinstance(wanted, Tensor) or wanted.dim() != 2:
+            target, output = original(images), model(images)
+            if not isinstance(target, Tensor) or target.dim() != 2:
                 return None
-            same += int((wanted.argmax(1) == found.argmax(1)).sum())
-            seen += len(images)
-    return 100 * same / seen
+            same += int((target.argmax(1) == output.argmax(1)).sum())
+            total += len(images)
+    return 100 * same / total
 
 
 def reestimate_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -80,26 +80,27 @@ def tune_(
     bases: Mapping[nn.Parameter, Tensor],
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Tune values of all layers together, towards the original's maps.
+    """Tune values of all layers together, towards the maps of the original.
 
-    Minimises the squared error of what the modules `points` and the network put out, each divided
-    by its variance, the network's own weighing less, by Adam with a one-cycle rate. But for the
-    last quarter of the steps, images are mirrored at random and blended by pairs, since the
-    original tells what it does on any image. Nothing but `values` changes.
+    Minimises, with Adam and a one-cycle schedule, the sum of squared errors of the outputs of the
+    modules `points` and of the network. Each error is divided by its variance, and the outputs of
+    the network weigh less. Images are mirrored at random and blended in pairs, since the original
+    gives a target for any image; the last quarter of the steps uses them unchanged.
+    Only `values` change.
 
     Args:
         model: in eval mode; changed in place.
         original: in eval mode.
         images: (N, c, H, W).
-        values: of the model, to be changed.
+        values: the parameters of the model to tune.
         points: names of modules that return one tensor.
-        epochs: passes over the images.
-        batch_size: images of a step.
-        seed: of the images' order and of how they are varied.
+        epochs: number of epochs.
+        batch_size: images per step.
+        seed: of the order of the images and of their augmentation.
         rate: the highest learning rate.
-        bases: of some of the values, (r, ...) of D numbers a row: orthogonal matrices (D, D) in
-            whose coordinates Adam sees the rows; `input_bases` makes them.
-        on_batch: called with batches done and in all.
+        bases: for some of the values (r, ...) with D numbers per row, an orthogonal matrix (D, D);
+            Adam works in the coordinates of its columns. `input_bases` computes them.
+        on_batch: called with the number of batches done and of all batches.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     n_steps = epochs * math.ceil(len(images) / batch_size)
@@ -123,13 +124,13 @@ def tune_(
             for step, chosen in enumerate(batches):
                 inputs = images[chosen.to(images.device)]
                 if step < (1 - PURE) * n_steps:
-                    inputs = _varied(inputs, generator)
+                    inputs = _augment(inputs, generator)
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
                 with torch.no_grad():
-                    wanted = _maps(original, points, inputs)
+                    targets = _maps(original, points, inputs)
                 with torch.enable_grad():
-                    found = _maps(model, points, inputs)
-                    losses = [_relative(a, b) for a, b in zip(found, wanted, strict=True)]
+                    outputs = _maps(model, points, inputs)
+                    losses = [_relative_loss(a, b) for a, b in zip(outputs, targets, strict=True)]
                     parts, ends = losses[: len(points)], losses[len(points) :]
                     shares = [part / len(parts) for part in parts] + [OUTPUTS * end for end in ends]
                     loss = torch.stack(shares).sum()
@@ -158,53 +159,55 @@ def tune_at_chosen_rate_(
     epochs: int,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Try each of `RATES` for a few passes, then tune at the highest that holds its own.
+    """Try each of `RATES` for a few epochs, then tune at the best one.
+
+    The best rate is the highest one that no lower rate beats by more than the factor `LEAD`.
 
     Args:
-        model: that `run` changes.
+        model: the network that `run` changes.
         run: `tune_`, with all arguments but epochs, rate and on_batch.
-        judge: the error of the model; it may be no finite number.
-        epochs: passes after the trials.
-        on_batch: called with batches done and in all, trials included.
+        judge: computes the error of the model, which may be infinite or NaN.
+        epochs: number of epochs after the trials.
+        on_batch: called with the number of batches done and of all batches, trials included.
     """
     trial = max(1, epochs // TRIAL)
-    passes = [trial] * len(RATES) + [epochs]
+    epochs_of = [trial] * len(RATES) + [epochs]
 
-    def told(stage: int) -> Callable[[int, int], None] | None:
+    def report_stage(stage: int) -> Callable[[int, int], None] | None:
         if on_batch is None:
             return None
 
-        def tell(done: int, of: int) -> None:
-            a_pass = of // passes[stage]
-            on_batch(a_pass * sum(passes[:stage]) + done, a_pass * sum(passes))
+        def report(done: int, total: int) -> None:
+            per_epoch = total // epochs_of[stage]
+            on_batch(per_epoch * sum(epochs_of[:stage]) + done, per_epoch * sum(epochs_of))
 
-        return tell
+        return report
 
     start = copy_of_state(model)
     errors = {}
     for stage, rate in enumerate(RATES):
-        run(epochs=trial, rate=rate, on_batch=told(stage))
+        run(epochs=trial, rate=rate, on_batch=report_stage(stage))
         error = judge()
         errors[rate] = error if math.isfinite(error) else math.inf
         model.load_state_dict(start)
     limit = LEAD * min(errors.values())
     rate = next(rate for rate in RATES if errors[rate] <= limit)
-    run(epochs=epochs, rate=rate, on_batch=told(len(RATES)))
+    run(epochs=epochs, rate=rate, on_batch=report_stage(len(RATES)))
 
 
 def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters and buffers of a network."""
+    """Copy the parameters and buffers of a network."""
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def _one_cycle(n_steps: int, step: int) -> float:
-    """The share of the rate at a step: a linear start, then half a cosine down to nothing."""
+    """The share of the rate at a step: a linear warm-up times half a cosine down to zero."""
     rise = min(1.0, (step + 1) / max(1.0, WARM_UP * n_steps))
     return rise * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror half of the images, and blend each with the one before, which is any other."""
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror half of the images, and blend each with the one before it in the batch."""
     draws = torch.rand(2, len(images), 1, 1, 1, generator=generator).to(images)
     images = torch.where(draws[0] < 0.5, images.flip(3), images)
     return torch.lerp(images, images.roll(1, 0), draws[1])
@@ -212,7 +215,7 @@ def _varied(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _channels_last(*networks: nn.Module) -> Iterator[None]:
-    """Hold weights so that convolutions and pooling run fastest on CPUs."""
+    """Hold weights in channels_last, with which convolutions and pooling run fastest on CPUs."""
     changed = [n for n in networks if all(p.is_contiguous() for p in n.parameters())]
     try:
         for network in changed:
@@ -223,15 +226,15 @@ def _channels_last(*networks: nn.Module) -> Iterator[None]:
             network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def _relative(found: Tensor, wanted: Tensor) -> Tensor:
-    return F.mse_loss(found, wanted) / wanted.var().clamp(min=1e-12)
+def _relative_loss(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target) / target.var().clamp(min=1e-12)
 
 
 def _maps(network: nn.Module, points: Sequence[str], images: Tensor) -> list[Tensor]:
-    """What the modules `points` put out, then the network."""
+    """The outputs of the modules `points`, then those of the network."""
     outputs: list[Tensor] = []
     modules = [network.get_submodule(name) for name in points]
-    # A copy: the network may go on in place.
+    # A copy, since the network may change the output in place.
     hooks = [m.register_forward_hook(lambda *a: outputs.append(a[2].clone())) for m in modules]
     try:
         result = network(images)

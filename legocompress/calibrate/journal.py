@@ -1,4 +1,4 @@
-"""Layers that an interrupted calibration has repaired, each in a file of its own."""
+"""Store the layers that a calibration has repaired, so that an interrupted one can continue."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def digest(*tensors: Tensor) -> str:
 
 
 class Journal:
-    """A folder of repaired layers; files of another calibration are passed over.
+    """A folder of repaired layers, one file each; files of other calibrations are ignored.
 
     Args:
-        folder: made where it is missing.
-        key: what the calibration depends on: networks, images, settings.
+        folder: created if it does not exist.
+        key: identifies the calibration by its networks, images and settings.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -42,7 +42,7 @@ class Journal:
             path.write_bytes(save(tensors, {"key": self.key, "row": row.model_dump_json()}))
 
     def take_(self, name: str, layer: LegoModule) -> LayerRepair | None:
-        """Put back a layer that was written by this same calibration, if it was."""
+        """Restore a layer, if this same calibration has written it; return its row, else None."""
         try:
             with safe_open(self._path(name), "pt") as file:
                 metadata = file.metadata() or {}

@@ -1,4 +1,4 @@
-"""Repair the Lego layers of a network one after the other, each on what the ones before give it."""
+"""Repair the Lego layers of a network one after the other, on the inputs that they really get."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.journal import Journal
 from legocompress.calibrate.moments import Moments
-from legocompress.calibrate.solve import Unit, fit_unit
+from legocompress.calibrate.solve import fit_unit
 from legocompress.calibrate.stream import Call, run_to
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.storage import balance_scales, round_to_storage
+from legocompress.lego.unit import LegoUnit
 from legocompress.state.calibration import LayerRepair
 
 SAMPLES = 32_768
@@ -60,18 +61,18 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
         return LayerRepair(name=name, note="the original's outputs are zero")
     if before < EXACT:
         return LayerRepair(name=name, before=before**0.5, after=before**0.5)
-    kept = {key: value.clone() for key, value in layer.state_dict().items()}
-    write_(layer, fit_unit(unit_of(layer), seen, held_out, seed))
-    # The effective weight is asked for anew: the layer's class may standardise it.
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    write_(layer, fit_unit(layer.lego_shape, unit_of(layer), seen, held_out, seed))
+    # Read the effective weight again, since the class of the layer may standardise it.
     after = held_out.error(_padded(layer, next(_calls(front, name))[1][0].weight))
     if not after < before:
-        layer.load_state_dict(kept)
+        layer.load_state_dict(state)
         after = before
     return LayerRepair(name=name, before=before**0.5, after=after**0.5)
 
 
 def _calls(front: Front, name: str) -> Iterator[tuple[list[Call], list[Call]]]:
-    """The convs that the layer runs in both networks, batch by batch."""
+    """Yield the convs that the layer runs in both networks, batch by batch."""
     n_calls = front.steps[name].calls
     for original, model, images in front.batches():
         yield (
@@ -81,7 +82,7 @@ def _calls(front: Front, name: str) -> Iterator[tuple[list[Call], list[Call]]]:
 
 
 def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Moments, Moments]:
-    """Sums over sampled pixels of most images, and of the rest."""
+    """Sum moments over sampled pixels: of the images to fit, and of the held-out images."""
     shape = layer.lego_shape
     channels = shape.n_split * shape.width
     patch = channels * shape.kernel[0] * shape.kernel[1]
@@ -98,8 +99,8 @@ def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Mom
             held = (image + first) % HELD_OUT == HELD_OUT - 1
             filters = _padded(layer, target.weight)
             x = call.patches(image, position, channels).float()
-            wanted = target.patches(image, position, channels).float()
-            y = torch.einsum("pgd,gnd->pgn", wanted, filters)
+            original_x = target.patches(image, position, channels).float()
+            y = torch.einsum("pgd,gnd->pgn", original_x, filters)
             both[0].add(x[~held], y[~held])
             both[1].add(x[held], y[held])
         first += len(ours[0].x)
@@ -117,21 +118,20 @@ def _padded(layer: LegoModule, weight: Tensor) -> Tensor:
     return filters.reshape(shape.groups, shape.n_out // shape.groups, -1)
 
 
-def unit_of(layer: LegoModule) -> Unit:
-    """The unit that a layer holds, in float32."""
-    shape = layer.lego_shape
+def unit_of(layer: LegoModule) -> LegoUnit:
+    """The unit that a layer holds, in float32, its filters as a bank (m, d)."""
     gains = None if layer.coefficients is None else layer.coefficients.detach().float()
-    bank = layer.lego_filters.detach().float().reshape(shape.n_lego, -1)
-    return Unit(shape, bank, layer.index, gains)
+    bank = layer.lego_filters.detach().float().flatten(1)
+    return LegoUnit(bank, layer.index, gains)
 
 
 @torch.no_grad()
-def write_(layer: LegoModule, unit: Unit) -> None:
-    """Put the values into the layer, as its storage types hold them."""
-    filters = unit.bank.reshape(layer.lego_filters.shape)
+def write_(layer: LegoModule, unit: LegoUnit) -> None:
+    """Write a unit into the layer, rounded to its storage dtypes."""
+    filters = unit.lego_filters.reshape(layer.lego_filters.shape)
     if layer.coefficients is not None:
-        assert unit.gains is not None
-        filters, gains = balance_scales(filters, unit.gains)
+        assert unit.coefficients is not None
+        filters, gains = balance_scales(filters, unit.coefficients)
         layer.coefficients.copy_(round_to_storage(gains, layer.coefficients_dtype))
     layer.lego_filters.copy_(round_to_storage(filters, layer.storage_dtype))
     layer.index.copy_(unit.index)
@@ -141,7 +141,7 @@ def write_(layer: LegoModule, unit: Unit) -> None:
 def sample(
     n_images: int, n_pixels: int, per_image: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pixels of every image, without repetition: image (P,) and position (P,)."""
+    """Draw pixels of every image without repetition: image (P,) and position (P,)."""
     if per_image >= n_pixels:
         position = torch.arange(n_pixels).repeat(n_images)
     else:

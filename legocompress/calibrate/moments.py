@@ -1,4 +1,4 @@
-"""Second moments of a layer's inputs and of the outputs that it should have."""
+"""Second moments of the inputs of a layer and of its target outputs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ TINY = 1e-30
 class Moments:
     """Sums over samples, from which the squared error of any filters follows.
 
-    With inputs x and wanted outputs y, sum |y - W x|^2 = tr(W H W^T) - 2 tr(W C^T) + E, so the sums
-    H, C and E are all that is kept, whatever the number of samples.
+    With inputs x and target outputs y, sum |y - W x|^2 = tr(W H W^T) - 2 tr(W C^T) + E. So the sums
+    H, C and E are enough, whatever the number of samples.
 
-    Shapes: g groups, n outputs, D values of an input patch of a group. H is kept as blocks along
-    its diagonal, one per group and part of the patch; the wanted outputs of a patch in several
-    parts are those of the original filters, since what leaves a part out would be biased.
+    Shapes: g groups, n outputs, D values per input patch of a group. H is stored as blocks on its
+    diagonal, one per group and part of the patch. Where a patch has several parts, the targets are
+    the outputs of the original filters on these parts, since other targets would be biased.
 
     Attributes:
         square: H = sum x x^T, (g, parts, D / parts, D / parts).
         cross: C = sum y x^T, (g, n/g, D).
         energy: E = sum |y|^2.
-        samples: how many.
+        samples: number of samples.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Moments:
         self.samples = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add patches (P, g, D) and wanted outputs (P, g, n/g)."""
+        """Add patches (P, g, D) and target outputs (P, g, n/g)."""
         groups, parts, side, _ = self.square.shape
         split = x.reshape(len(x), groups * parts, side).transpose(0, 1)
         self.square.view(groups * parts, side, side).baddbmm_(split.mT, split)
@@ -45,12 +45,12 @@ class Moments:
         self.samples += len(x)
 
     def finish(self, original: Tensor, damping: float = 0.0) -> None:
-        """Close the sums; the wanted outputs get a share of those of the `original` filters.
+        """Complete the sums, and pull the solution towards the `original` filters.
 
         Args:
             original: (g, n/g, D).
-            damping: weight of the original filters on inputs of equal, independent values, against
-                the inputs seen: it settles directions in which too little was seen.
+            damping: weight of the pull, as the share of white noise that is added to the inputs. It
+                decides the directions in which there were too few inputs.
         """
         if self.square.shape[1] > 1:
             self.cross = self.times(original)

@@ -1,8 +1,9 @@
-"""Fit one Lego unit to the second moments of its layer: bank, index and coefficients by turns."""
+"""Fit one Lego unit to the second moments of its layer: bank, index and coefficients by turns.
+
+Here the filters of a unit are a bank (m, d), with d = q * kh * kw.
+"""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,45 +13,38 @@ from legocompress.cluster.clustering import cluster
 from legocompress.cluster.pursuit import pursue
 from legocompress.cluster.state import segment_sum, segments
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 
 ROUNDS = 30
 CONJUGATE_STEPS = 8
 IMPROVEMENT = 1e-3
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A Lego unit's values: bank (m, d), index (o, n, k) and gains (o, n, k), None if binary."""
-
-    shape: UnitShape
-    bank: Tensor
-    index: Tensor
-    gains: Tensor | None
-
-    def filters(self, bank: Tensor | None = None) -> Tensor:
-        """The filters (g, n/g, o * d), padded channels included, of this bank or another."""
-        n = self.shape.n_out
-        table = self.bank if bank is None else bank
-        terms = table[self.index]
-        if self.gains is not None:
-            terms = terms * self.gains[..., None]
-        return terms.sum(2).transpose(0, 1).reshape(self.shape.groups, n // self.shape.groups, -1)
+def padded_filters(shape: UnitShape, unit: LegoUnit, bank: Tensor | None = None) -> Tensor:
+    """The filters (g, n/g, o * d), padded channels included, of the unit's bank or of another."""
+    terms = (unit.lego_filters if bank is None else bank)[unit.index]
+    if unit.coefficients is not None:
+        terms = terms * unit.coefficients[..., None]
+    per_group = shape.n_out // shape.groups
+    return terms.sum(2).transpose(0, 1).reshape(shape.groups, per_group, -1)
 
 
-def fit_unit(unit: Unit, seen: Moments, held_out: Moments, seed: int) -> Unit:
-    """The unit of the same form that fits `seen` best, as far as `held_out` agrees.
+def fit_unit(
+    shape: UnitShape, unit: LegoUnit, seen: Moments, held_out: Moments, seed: int
+) -> LegoUnit:
+    """Fit a unit of the same sizes to `seen`, and return the round that is best on `held_out`.
 
-    Starts by clustering the best unconstrained filters in the mean metric of all splits; then each
-    round chooses the slots anew, split after split, by matching pursuit in the exact metric, and
-    lowers the error over the bank by conjugate gradients. No step raises the error on `seen`; the
-    round of least error on `held_out` is returned, and rounds end where neither falls.
+    It starts by clustering the best unconstrained filters in the mean metric of all splits. Then
+    each round chooses the slots again, split by split, by matching pursuit in the exact metric, and
+    lowers the error over the bank by conjugate gradients. No step raises the error on `seen`. The
+    rounds end when the error on `held_out` no longer falls.
     """
-    best, least = unit, held_out.error(unit.filters())
+    best, least = unit, held_out.error(padded_filters(shape, unit))
     unit = _restart(unit, seen, seed)
     previous = torch.inf
     for _ in range(ROUNDS):
-        unit = _improve_bank(_improve_slots(unit, seen), seen)
-        error = held_out.error(unit.filters())
+        unit = improve_bank(shape, improve_slots(shape, unit, seen), seen)
+        error = held_out.error(padded_filters(shape, unit))
         if error < least:
             best, least = unit, error
         if not error < previous * (1 - IMPROVEMENT):
@@ -59,24 +53,26 @@ def fit_unit(unit: Unit, seen: Moments, held_out: Moments, seed: int) -> Unit:
     return best
 
 
-def _restart(unit: Unit, seen: Moments, seed: int) -> Unit:
+def _restart(unit: LegoUnit, seen: Moments, seed: int) -> LegoUnit:
     o, n, k = unit.index.shape
     rows = seen.solve().reshape(n, o, -1).transpose(0, 1).reshape(o * n, -1).double()
     root = torch.linalg.cholesky(seen.mean_square(o))
-    factors = cluster((rows @ root).float(), len(unit.bank), k, unit.gains is not None, seed)
+    factors = cluster(
+        (rows @ root).float(), len(unit.lego_filters), k, unit.coefficients is not None, seed
+    )
     bank = factors.lego_filters.double()
     bank = torch.linalg.solve_triangular(root, bank, upper=False, left=False)
     gains = None if factors.coefficients is None else factors.coefficients.reshape(o, n, k)
-    return replace(unit, bank=bank.float(), index=factors.index.reshape(o, n, k), gains=gains)
+    return LegoUnit(bank.float(), factors.index.reshape(o, n, k), gains)
 
 
-def _improve_slots(unit: Unit, seen: Moments) -> Unit:
-    """Choose every slot's Lego filters and coefficients anew, all outputs of a split at once."""
+def improve_slots(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
+    """Choose Lego filters and coefficients of every slot again, all outputs of a split at once."""
     o, n, _ = unit.index.shape
-    g, bank = unit.shape.groups, unit.bank
-    index = unit.index.clone()
-    gains = bank.new_ones(index.shape) if unit.gains is None else unit.gains.clone()
-    filters = unit.filters().reshape(g, n // g, o, -1)
+    g, bank = shape.groups, unit.lego_filters
+    index, signed = unit.index.clone(), unit.coefficients is not None
+    gains = bank.new_ones(index.shape) if unit.coefficients is None else unit.coefficients.clone()
+    filters = padded_filters(shape, unit).reshape(g, n // g, o, -1)
     rest = seen.cross - seen.times(filters.flatten(2))
     for i in range(o):
         square, old = seen.split_square(i, o), filters[:, :, i]
@@ -84,17 +80,21 @@ def _improve_slots(unit: Unit, seen: Moments) -> Unit:
         gram = bank @ square @ bank.T
         for group, rows in enumerate(torch.arange(n).tensor_split(g)):
             index[i, rows], gains[i, rows] = _best_slots(
-                inner[group], gram[group], index[i, rows], gains[i, rows], unit.gains is not None
+                inner[group],
+                gram[group],
+                index[i, rows],
+                gains[i, rows],
+                unit.coefficients is not None,
             )
         new = (bank[index[i]] * gains[i][..., None]).sum(1).reshape(old.shape)
         rest = rest - seen.split_times(new - old, i, o)
-    return replace(unit, index=index, gains=None if unit.gains is None else gains)
+    return LegoUnit(bank, index, gains if signed else None)
 
 
 def _best_slots(
     inner: Tensor, gram: Tensor, index: Tensor, gains: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor]:
-    """Pick k of m filters for every row, by products (rows, m) with it and (m, m) among them."""
+    """Pick k of m filters for every row, from products (rows, m) with the row and a Gram (m, m)."""
     scale = gram.diagonal().clamp(min=TINY).rsqrt() if signed else torch.ones_like(gram[0])
     picks, new = pursue(inner * scale, gram * scale[:, None] * scale, index.shape[1], signed)
     new = new * scale[picks]
@@ -103,24 +103,27 @@ def _best_slots(
 
 
 def _gain(inner: Tensor, gram: Tensor, index: Tensor, gains: Tensor) -> Tensor:
-    """By how much the picks lower the squared error of each row."""
+    """How much the picks lower the squared error of each row."""
     among = gram[index[:, :, None], index[:, None, :]]
     own = (among * gains[:, :, None] * gains[:, None, :]).sum((1, 2))
     return 2 * (inner.gather(1, index) * gains).sum(1) - own
 
 
-def _improve_bank(unit: Unit, seen: Moments) -> Unit:
+def improve_bank(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
     """Lower the error over the bank by conjugate gradients.
 
-    A Lego filter's own block of the Hessian is the sum of its squared coefficients times the metric
-    of the splits that use it; with the mean metric in its place, that is the preconditioner.
+    The block of a Lego filter in the Hessian is the sum of its squared coefficients times the
+    metric of the splits that use it. The preconditioner is this block with the mean metric of all
+    splits.
     """
     o, n, k = unit.index.shape
-    m, d = unit.bank.shape
+    m, d = unit.lego_filters.shape
     slots = unit.index.flatten()
-    gains = slots.new_ones(len(slots)).to(unit.bank) if unit.gains is None else unit.gains.flatten()
+    gains = slots.new_ones(len(slots)).to(unit.lego_filters)
+    if unit.coefficients is not None:
+        gains = unit.coefficients.flatten()
     members, starts, _ = segments(slots, m)
-    squares = unit.bank.new_zeros(m).index_put_((slots,), gains.square(), accumulate=True)
+    squares = unit.lego_filters.new_zeros(m).index_put_((slots,), gains.square(), accumulate=True)
     squares = torch.where(squares > 0, squares, 1.0)[:, None]
     root = torch.linalg.cholesky(seen.mean_square(o))
 
@@ -131,12 +134,12 @@ def _improve_bank(unit: Unit, seen: Moments) -> Unit:
     def precondition(rows: Tensor) -> Tensor:
         return torch.cholesky_solve((rows / squares).double().T, root).T.to(rows.dtype)
 
-    bank = unit.bank
-    residual = to_bank(seen.cross - seen.times(unit.filters()))
+    bank = unit.lego_filters
+    residual = to_bank(seen.cross - seen.times(padded_filters(shape, unit)))
     direction = solved = precondition(residual)
     energy = (residual * solved).sum()
     for _ in range(CONJUGATE_STEPS):
-        image = to_bank(seen.times(unit.filters(direction)))
+        image = to_bank(seen.times(padded_filters(shape, unit, direction)))
         curvature = (direction * image).sum()
         if not (curvature > 0 and energy > 0):
             break
@@ -145,4 +148,4 @@ def _improve_bank(unit: Unit, seen: Moments) -> Unit:
         solved = precondition(residual)
         previous, energy = energy, (residual * solved).sum()
         direction = solved + energy / previous * direction
-    return replace(unit, bank=bank)
+    return unit._replace(lego_filters=bank)

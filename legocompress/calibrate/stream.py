@@ -1,4 +1,4 @@
-"""The convs that one layer runs, caught as PyTorch sees them, and patches of their inputs."""
+"""Record the convs that one layer runs, as PyTorch sees them, and cut patches of their inputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Call:
-    """One conv: input (N, c, H, W), padded already, effective weight (n, c/g, kh, kw), and sizes.
+    """One conv: padded input (N, c, H, W), effective weight (n, c/g, kh, kw), and sizes.
 
-    Whatever the layer's class does to its input and weight beforehand is in them: padding of any
-    mode, standardised weights.
+    They include whatever the class of the layer does to input and weight before the conv, such as
+    padding of any mode and weight standardisation.
     """
 
     x: Tensor
@@ -41,9 +41,9 @@ class Call:
         """Input patches (P, g, channels * kh * kw), zero-padded up to `channels`.
 
         Args:
-            image: (P,) which image.
-            position: (P,) which pixel of the output, row by row.
-            channels: of a group.
+            image: (P,) number of the image.
+            position: (P,) number of the output pixel, row by row.
+            channels: channels per group.
         """
         (height, width), (kh, kw) = self.size, self.weight.shape[2:]
         (sh, sw), (dh, dw) = self.stride, self.dilation
@@ -59,11 +59,11 @@ class Call:
 
 
 class _Reached(Exception):
-    """The layer has made its last call; the rest of the network need not run."""
+    """Ends a forward pass after the last call of a layer."""
 
 
 class _Catch(TorchFunctionMode):
-    """Notes every conv2d and linear that runs while a layer is entered."""
+    """Records every conv2d and linear that runs inside a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 
 
 def run_to(model: nn.Module, layer: nn.Module, n_calls: int, images: Tensor) -> list[Call]:
-    """Run `model` on images until `layer` has been called `n_calls` times; return its convs."""
+    """Run `model` on images until `layer` has run `n_calls` times; return its convs."""
     calls: list[Call] = []
     left = n_calls
 
@@ -132,7 +132,7 @@ def hear_calls(
     images: Tensor,
     on_call: Callable[[nn.Module, list[Call]], None],
 ) -> None:
-    """Run `model` on images; after each call of one of the layers tell it and its convs."""
+    """Run `model` on images, and call `on_call(layer, convs)` after each call of a layer."""
     catch = _Catch()
 
     def enter(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Images for calibration where there are none: noise shaped to the norm statistics of a network."""
+"""Make calibration images without data: noise that matches the norm statistics of a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from legocompress.models.probe import default_input, evaluating
 
 STEPS = 100
 RATE = 0.1
-ROUGHEST = 8  # noise starts as smooth as images are, from a grid this much coarser
+ROUGHEST = 8  # the noise starts smooth, from a grid that is this much coarser
 
 
 def synthesise(
@@ -25,18 +25,21 @@ def synthesise(
     steps: int = STEPS,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Shape smooth noise until every BatchNorm sees the statistics that training left in it.
+    """Optimise smooth noise until the inputs of every BatchNorm have its running statistics.
 
-    No data is read. Weaker than photos: statistics tell what single channels do, not which patterns
-    go together. After DeepInversion (Yin et al., CVPR 2020), without its class term.
+    No data is read. The images are weaker than photos: the statistics describe single channels, not
+    which patterns occur together. From DeepInversion (Yin et al., CVPR 2020), without class term.
 
     Args:
         original: the dense network.
-        n_images: how many; (N, c, H, W) of the size that its configuration names is returned.
+        n_images: number of images.
         seed: of the noise.
-        batch_size: images shaped together.
-        steps: of Adam, for each batch.
-        on_step: called with the steps done and in all.
+        batch_size: images that are optimised together.
+        steps: steps of Adam per batch.
+        on_step: called with the number of steps done and of all steps.
+
+    Returns:
+        Images (N, c, H, W) of the size in the configuration of the network.
 
     Raises:
         DataError: the network has no BatchNorm with statistics.
@@ -45,8 +48,8 @@ def synthesise(
     example = default_input(original)
     if not norms or example is None:
         raise DataError(
-            "images cannot be synthesised: the network has no BatchNorm statistics to shape them "
-            "to; calibrate with a folder of photos"
+            "images cannot be synthesised, since the network has no BatchNorm statistics; "
+            "calibrate with a folder of photos"
         )
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(batch_size, n_images - done) for done in range(0, n_images, batch_size)]
@@ -69,7 +72,7 @@ def synthesise(
 
 
 def _mismatch(network: nn.Module, norms: list[_BatchNorm], images: Tensor) -> Tensor:
-    """How far the inputs of the norms are from their statistics, in standard deviations."""
+    """The distance between the inputs of the norms and their statistics, in standard deviations."""
     losses: list[Tensor] = []
 
     def compare(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A converted state <-> the tensors of a file: packed indices, values in storage dtypes."""
+"""Encode the state of a converted network as tensors of a file: indices packed, values rounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def pack_index(index: Tensor, bits: int) -> Tensor:
 
 
 def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Undo `pack_index`: the first `count` integers, (count,) int64."""
+    """Undo `pack_index`: return the first `count` integers, (count,) int64."""
     if bits == 0:
         return torch.zeros(count, dtype=torch.int64)
     stream = ((packed.reshape(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()
@@ -32,15 +32,15 @@ def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def packed_bytes(shape: UnitShape) -> int:
-    """Bytes of a layer's packed index."""
+    """Bytes of the packed index of a layer."""
     return -(-shape.n_slots * shape.index_bits // 8)
 
 
 def encode(model: nn.Module) -> dict[str, Tensor]:
-    """Turn a converted network's state into the tensors of a file: each once, indices packed.
+    """Turn the state of a converted network into the tensors of a file, each stored once.
 
     Raises:
-        CheckpointError: the state holds something that is no tensor.
+        CheckpointError: the state holds something that is not a tensor.
     """
     stored: dict[str, Tensor] = {}
     legos = dict(lego_modules(model))
@@ -50,7 +50,7 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
         owner, _, leaf = name.rpartition(".")
         module = legos.get(owner)
         if module is not None and leaf == "proxy":
-            continue  # what it chose is in the index
+            continue  # the index holds what it chose
         if module is None:
             stored[name] = tensor.detach()
         elif leaf == "index":
@@ -62,21 +62,21 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
             stored[name] = round_to_storage(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
         else:
             stored[name] = tensor.detach()
-    # Copies, since views of one tensor may not share memory in the file.
+    # Copies, since safetensors refuses tensors that share memory.
     return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
 
 
 def stored_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, Tensor]:
-    """A bank (m, q, kh, kw) as the tensors of a file; int8 has scales (m,) beside it."""
-    kept = round_to_storage(filters, dtype)
+    """Encode a bank (m, q, kh, kw) as tensors of a file; int8 adds the scales (m,)."""
+    rounded = round_to_storage(filters, dtype)
     if dtype != "int8":
-        return {name: kept.to(TORCH_DTYPES[dtype])}
-    values, scales = quantize_filters(kept)
+        return {name: rounded.to(TORCH_DTYPES[dtype])}
+    values, scales = quantize_filters(rounded)
     return {name: values, scales_name(name): scales}
 
 
 def scales_name(name: str) -> str:
-    """The scales' name beside the filters': NAME.lego_filters -> NAME.lego_scales."""
+    """The name of the scales: NAME.lego_filters -> NAME.lego_scales."""
     return f"{name.removesuffix('lego_filters')}lego_scales"
 
 

@@ -1,4 +1,4 @@
-"""config.json of a compressed folder: what timm's folders say, and how it was compressed."""
+"""The config.json of a compressed folder: the keys of timm's folders, and `compression_config`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Strict(BaseModel):
 
 
 class LayerConfig(_Strict):
-    """What a Lego module needs beside its tensors."""
+    """The settings of a Lego module that its tensors do not show."""
 
     n_lego: int = Field(ge=1, le=2**31)
     n_split: int = Field(ge=1, le=2**31)
@@ -59,7 +59,7 @@ class CompressionConfig(_Strict):
 
 
 def timm_config(model: nn.Module, source: Source) -> dict[str, Any]:
-    """What timm's hub folders say about a network in their config.json."""
+    """The part of config.json that timm's hub folders have."""
     return {
         "architecture": source.architecture,
         "num_classes": getattr(model, "num_classes", None),
@@ -76,7 +76,7 @@ def _plain(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_text(config: dict[str, Any]) -> str:
-    """A configuration as the text of a config.json; CheckpointError if it is not plain JSON."""
+    """Write a configuration as JSON text; CheckpointError if a value has no JSON form."""
     try:
         return json.dumps(config, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -84,27 +84,27 @@ def config_text(config: dict[str, Any]) -> str:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
-    """Read and check config.json of a compressed folder: all of it, and its compression block.
+    """Read and check config.json; return all of it, and its compression block.
 
     Raises:
-        CheckpointError: it is missing or says something that it may not.
+        CheckpointError: it is missing or not valid.
     """
     path = folder / CONFIG
     for needed in (path, folder / TENSORS):
         if not needed.is_file():
             raise CheckpointError(
-                f"{str(folder)!r} is no compressed folder: it has no {needed.name}"
+                f"{str(folder)!r} is not a compressed folder: it has no {needed.name}"
             )
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{str(path)!r} is larger than {MAX_CONFIG_BYTES:,} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{str(path)!r} is no JSON: {error}") from error
+        raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("compression_config"), dict):
         raise CheckpointError(f"{str(path)!r} has no compression_config: not a compressed network")
     if not isinstance(config.get("pretrained_cfg", {}), (dict, type(None))):
-        raise CheckpointError(f"{str(path)!r}: pretrained_cfg is no mapping")
+        raise CheckpointError(f"{str(path)!r}: pretrained_cfg is not a mapping")
     check_input_size(config.get("pretrained_cfg") or {})
     written = config["compression_config"].get("format_version")
     if written != FORMAT_VERSION:

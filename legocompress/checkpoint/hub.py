@@ -1,4 +1,4 @@
-"""Compressed folders on the Hugging Face hub: fetched into the hub's own cache."""
+"""Download compressed folders from the Hugging Face hub, into the cache of the hub."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def is_hub_name(name: str | Path) -> bool:
 
 
 def local_folder(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
-    """The folder on disk of a compressed network: a path as it is, a hub name after a download.
+    """Return the folder of a compressed network: the path itself, or a download from the hub.
 
     Args:
         name: a path, or `hf-hub:USER/REPO` or `hf-hub:USER/REPO@REVISION`.
-        files: what to fetch of it.
+        files: which files to download.
 
     Raises:
         UsageError: the hub name is malformed.
@@ -49,7 +49,7 @@ def local_folder(name: str | Path, files: tuple[str, ...] = FILES) -> Path:
             f"{str(name)!r} has no {file} on the hub, or the hub cannot be reached and the file is "
             "not in its cache"
         ) from error
-    # The library's errors of the network derive from different classes in different versions.
+    # Network errors of the library have different base classes in different versions.
     except Exception as error:
         raise CheckpointError(f"{str(name)!r} cannot be fetched: {first_line(error)}") from error
     return path.parent

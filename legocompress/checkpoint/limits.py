@@ -1,4 +1,4 @@
-"""Limits on what a configuration from a file may make a library build."""
+"""Limits on the network that a configuration from a file can make a library build."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.nn.modules.module import (
 
 from legocompress.errors import CheckpointError
 
-MAX_VALUES = 4096  # in all of a network's arguments
-MAX_TEXT = 1024  # characters of one of them
-MAX_NUMBER = 2**16  # of sizes: widths, depths, images
+MAX_VALUES = 4096  # in all arguments of a network together
+MAX_TEXT = 1024  # characters per argument
+MAX_NUMBER = 2**16  # per size: width, depth, image
 MAX_SUM = 2**20  # of all sizes together
-MAX_FACTOR = 64  # of what multiplies others
+MAX_FACTOR = 64  # per argument that multiplies other sizes
 MAX_CLASSES = 2**24
 FACTORS = ("multiplier", "mult", "ratio", "factor", "scale", "expand", "expansion")
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse arguments of a network that no network has: too many, too large, too long.
+    """Refuse arguments of a network that are too many, too large or too long.
 
     Raises:
         CheckpointError: an argument is outside the limits.
@@ -43,7 +43,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
             limit = MAX_CLASSES if key == "num_classes" else MAX_NUMBER
             limit = MAX_FACTOR if key.lower().endswith(FACTORS) else limit
             if not abs(value) <= limit:
-                raise CheckpointError(f"model_args: {key} is {value:.3g}; at most {limit:,} is")
+                raise CheckpointError(
+                    f"model_args: {key} is {value:.3g}; at most {limit:,} is allowed"
+                )
             total += 0 if key == "num_classes" else abs(value)
     if total > MAX_SUM:
         raise CheckpointError(f"model_args add up to {total:.3g}; at most {MAX_SUM:,} is allowed")
@@ -63,10 +65,10 @@ def _leaves(value: Any, key: str, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 def check_input_size(cfg: dict[str, Any]) -> None:
-    """Refuse an image size that is none: it is what a report or an export would allocate.
+    """Refuse an image size that no image has, before a report or an export allocates it.
 
     Raises:
-        CheckpointError: it is not three sizes, or more than 2**28 numbers in all.
+        CheckpointError: it is not three sizes, or has more than 2**28 values.
     """
     for key in ("input_size", "test_input_size", "min_input_size"):
         size = cfg.get(key)
@@ -75,12 +77,12 @@ def check_input_size(cfg: dict[str, Any]) -> None:
         good = isinstance(size, list) and len(size) == 3
         good = good and all(type(n) is int and 0 < n <= MAX_NUMBER for n in size)
         if not good or math.prod(size) > 2**28:
-            raise CheckpointError(f"pretrained_cfg: {key}={str(size)[:100]} is no image size")
+            raise CheckpointError(f"pretrained_cfg: {key}={str(size)[:100]} is not an image size")
 
 
 @contextmanager
 def building_at_most(parts: int, numbers: int) -> Iterator[None]:
-    """Stop a network's constructor, in this thread, that registers more than these.
+    """Stop the constructor of a network, in this thread, if it registers more than allowed.
 
     Args:
         parts: modules, parameters and buffers.

@@ -1,4 +1,4 @@
-"""The compressed folder -> the network, rebuilt from the folder alone; every entry is checked."""
+"""Load a compressed folder: rebuild the network from the folder alone, and check every entry."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import TORCH_DTYPES, dequantize_filters
 from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.lego.unit import LegoUnit
 from legocompress.models.factory import create
 from legocompress.models.probe import model_cfg
 from legocompress.spec import LegoSpec
@@ -42,11 +43,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         path: the folder, or `hf-hub:USER/REPO` (`@REVISION` may follow) for one on the hub.
-        model: for a network of your own that no library builds: a fresh dense instance, which
-            becomes the compressed one in place.
+        model: a fresh dense instance, if the network is your own and no library builds it; it
+            becomes the compressed network in place.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, of a newer format, or not true to itself.
+        CheckpointError: the folder is missing, damaged, contradictory, or of a newer format.
     """
     folder = local_folder(path)
     config, block = read_config(folder)
@@ -86,21 +87,21 @@ def _spec(folder: Path, values: dict[str, Any]) -> LegoSpec:
 
 
 def _tuples(cfg: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that timm keeps."""
+    """Turn the lists of JSON into the tuples that timm uses."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
 
 
 def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) -> nn.Module:
-    """Build the dense architecture, checked without memory first."""
+    """Build the dense architecture, after a check that takes no memory for its tensors."""
     if source.library is None or not isinstance(source.architecture, str):
         raise CheckpointError(
-            f"{str(folder)!r} holds a network of somebody's own class; build a fresh dense "
+            f"{str(folder)!r} holds a network that no library builds; build a fresh dense "
             "instance and pass it: load(path, model=...)"
         )
     if not isinstance(source.model_args, dict):
-        raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is no mapping")
+        raise CheckpointError(f"{str(folder / CONFIG)!r}: model_args is not a mapping")
     check_arguments(source.model_args)
-    # A training form has several times the parts and numbers of the deployed one that is stored.
+    # A network in training form has several times the parts and values of the stored, fused one.
     parts = 1000 + 100 * len(file.keys())
     numbers = max(2**26, 1000 * (folder / TENSORS).stat().st_size)
     try:
@@ -120,7 +121,7 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
 
 
 def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
-    """Give the dense model the config's Lego modules and the file's tensors, all checked."""
+    """Turn layers of the dense model into Lego modules, and load the tensors of the file."""
     for name, layer in block.layers.items():
         _become_layer_(model, name, layer, file)
     own = own_tensors(model)
@@ -163,7 +164,7 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
 
 
 def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
-    # Step by step, since get_submodule reads attributes, and so assembles weights.
+    # Walk over modules: get_submodule reads attributes, which would assemble weights.
     module: nn.Module | None = model
     for part in name.split(".") if name else []:
         module = None if module is None else module._modules.get(part)
@@ -190,7 +191,7 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -
         raise CheckpointError(f"layer {name!r}: n_terms={layer.n_terms} exceeds the Lego filters")
     shape = UnitShape(n_out, channels, (kh, kw), groups, layer.n_lego, layer.n_split, layer.n_terms)
     slots = (shape.n_split, n_out, shape.n_terms)
-    # Before memory is taken for them.
+    # Checked before memory is taken for these sizes.
     bank = (shape.n_lego, shape.width, kh, kw)
     _check_shape(file, _within(name, "lego_filters"), bank)
     _check_shape(file, _within(name, "index"), (packed_bytes(shape),))
@@ -198,9 +199,11 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -
     become_lego_(
         module,
         shape,
-        empty(bank),
-        torch.empty(slots, dtype=torch.int64),
-        None if layer.coefficients_dtype is None else empty(slots),
+        LegoUnit(
+            empty(bank),
+            torch.empty(slots, dtype=torch.int64),
+            None if layer.coefficients_dtype is None else empty(slots),
+        ),
         layer.dtype,
         layer.coefficients_dtype or "fp16",
     ).weight_error = layer.weight_error
@@ -217,7 +220,7 @@ def _check_shape(file: Any, name: str, shape: tuple[int, ...]) -> None:
 def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     _check_shape(file, name, shape)
     tensor: Tensor = file.get_tensor(name)
-    # A copy is aligned in memory; unaligned, as in the file, convs round differently.
+    # A copy is aligned in memory. With unaligned tensors, as in the file, convs round differently.
     return tensor.clone()
 
 
@@ -241,18 +244,18 @@ def _read_index(file: Any, name: str, shape: UnitShape) -> Tensor:
 
 
 def open_model(name: str, **create_args: Any) -> nn.Module:
-    """Open a model by name: a compressed folder, a hub folder of timm's, or what `create` takes.
+    """Open a model by name: a compressed folder, a folder of timm, or a name that `create` takes.
 
     Args:
-        name: a folder's path, a hub name of such a folder, or a model name.
-        create_args: passed on to `create`; a compressed folder takes none of them.
+        name: path of a folder, name of such a folder on the hub, or name of a model.
+        create_args: arguments of `create`; not allowed with a compressed folder.
 
     Raises:
         LegoError: as `load` and `create` raise.
     """
     try:
         folder = local_folder(name, (CONFIG,))
-    except CheckpointError:  # as `create` explains
+    except CheckpointError:  # `create` raises the better error
         return create(name, **create_args)
     if not (folder / CONFIG).is_file():
         return create(name, **create_args)
@@ -265,7 +268,7 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
         return create(name if is_hub_name(name) else f"local-dir:{name}", **create_args)
     if given:
         raise UsageError(
-            f"{name!r} is a compressed folder, which takes no {', '.join(given)}: it says itself "
-            "what network it holds"
+            f"{name!r} is a compressed folder, which takes no {', '.join(given)}: the folder "
+            "says itself which network it holds"
         )
     return load(name)

@@ -1,4 +1,4 @@
-"""A converted network -> the compressed folder."""
+"""Save a converted network as a compressed folder."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
-    """Write a converted network as a folder that `load` rebuilds from itself alone.
+    """Write a converted network as a folder from which alone `load` rebuilds it.
 
-    Filters and coefficients are stored in the dtypes that the conversion was asked for; values that
-    training has moved off them are rounded in the file.
+    Filters and coefficients are stored in the dtypes of the conversion. Values that training has
+    changed are rounded to these dtypes in the file.
 
     Args:
         model: the converted network.
         path: the folder to write.
-        force: replace what stands there.
+        force: replace an existing folder.
 
     Raises:
-        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt from
-            what is known about it.
-        OutputExistsError: the folder exists and `force` is not given, or holds something else.
+        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt
+            from its source.
+        OutputExistsError: the folder exists and `force` is not given, or it holds other files.
         OutputError: it cannot be written.
     """
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
@@ -83,7 +83,7 @@ def check_target(target: Path, force: bool) -> None:
     check_free(target, force)
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise OutputExistsError(
-            f"{str(target)!r} is a folder of something else, which even --force does not replace; "
+            f"{str(target)!r} holds other files, so that even --force does not replace it; "
             "choose another --out"
         )
 
@@ -102,15 +102,15 @@ def _layer_config(module: LegoModule) -> LayerConfig:
 
 
 def fresh_network(source: Source) -> nn.Module:
-    """The architecture with random values, in deployed form if it was converted so."""
+    """Build the architecture with random values, fused if the network was fused."""
     with torch.random.fork_rng(devices=[]):
         model = build(source)
     return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
 
 
 def skeleton_of(source: Source) -> nn.Module:
-    """The architecture without memory for its tensors, where it can be built so."""
-    if source.reparameterized:  # fusing computes with the values
+    """Build the architecture without memory for its tensors, if that is possible."""
+    if source.reparameterized:  # fusing computes with values
         return fresh_network(source)
     try:
         with torch.device("meta"):
@@ -120,10 +120,10 @@ def skeleton_of(source: Source) -> nn.Module:
 
 
 def _rebuildable(model: nn.Module, source: Source) -> Source:
-    """The source that rebuilds this network, in training or deployed form.
+    """Return the source that rebuilds this network, in training form or fused.
 
     Raises:
-        CheckpointError: what the source builds is not the network that is being saved.
+        CheckpointError: the source builds another network than the one to save.
     """
     if source.library is None:
         return source

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,14 +18,7 @@ from torch import Tensor
 from legocompress.cluster.lloyd import lloyd, start
 from legocompress.cluster.pursuit import alternate, learn_plain
 from legocompress.cluster.state import State
-
-
-class Factors(NamedTuple):
-    """Lego filters (n_lego, d), index (N, n_terms) int64 and coefficients (N, n_terms) or None."""
-
-    lego_filters: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
-    coefficients: Tensor | None
+from legocompress.lego.unit import LegoUnit
 
 
 def cluster(
@@ -35,7 +27,7 @@ def cluster(
     n_terms: int = 1,
     coefficients: bool = True,
     seed: int = 0,
-) -> Factors:
+) -> LegoUnit:
     """Approximate every fragment by a sum of `n_terms` out of `n_lego` shared Lego filters.
 
     `fragments` (N, d) becomes `lego_filters` (n_lego, d), `index` (N, n_terms), distinct in a row,
@@ -60,7 +52,7 @@ def cluster(
 
 def clusterings(
     fragments: Tensor, n_lego: int, terms: Sequence[int], coefficients: bool, seed: int
-) -> Iterator[Factors]:
+) -> Iterator[LegoUnit]:
     """As `cluster` for several numbers of terms, whose common start is computed once."""
     for n_terms in terms:
         _check(fragments, n_lego, n_terms, coefficients)
@@ -119,7 +111,7 @@ def _check(fragments: Tensor, n_lego: int, n_terms: int, coefficients: bool) -> 
 
 def _exact_copy(
     rows: Tensor, number: Tensor, n_lego: int, n_terms: int, coefficients: bool
-) -> Factors:
+) -> LegoUnit:
     """Copy `rows` into the bank; fragment r is row number[r]."""
     bank = rows.new_zeros(n_lego, rows.shape[1])
     bank[: len(rows)] = rows
@@ -127,9 +119,9 @@ def _exact_copy(
     if coefficients:
         gain = rows.new_zeros(len(number), n_terms)
         gain[:, 0] = 1
-        return Factors(bank, (number[:, None] + term) % n_lego, gain)
+        return LegoUnit(bank, (number[:, None] + term) % n_lego, gain)
     zero = len(rows) + (term - 1) % max(1, n_lego - len(rows))
-    return Factors(bank, torch.where(term == 0, number[:, None], zero), None)
+    return LegoUnit(bank, torch.where(term == 0, number[:, None], zero), None)
 
 
 def _balance(state: State) -> State:
@@ -145,8 +137,8 @@ def _balance(state: State) -> State:
     return replace(state, bank=state.bank * scale[:, None], gain=gain)
 
 
-def _restore(state: State, scale: Tensor, dtype: torch.dtype, signed: bool) -> Factors:
+def _restore(state: State, scale: Tensor, dtype: torch.dtype, signed: bool) -> LegoUnit:
     limit = torch.finfo(dtype).max
     bank = (state.bank * scale).clamp(-limit, limit).to(dtype)
     gain = state.gain.clamp(-limit, limit).to(dtype) if signed else None
-    return Factors(bank, state.index, gain)
+    return LegoUnit(bank, state.index, gain)

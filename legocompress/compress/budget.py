@@ -1,4 +1,4 @@
-"""A budget for the whole network -> m, o and k of every layer, or that the layer stays dense.
+"""Turn a budget for the whole network into m, o and k of each layer, some of which stay dense.
 
 Layers differ: the early ones of a network hold few weights and do much of the work, the late ones
 hold most weights and do little. One m for all of them spends bytes or MACs where they help least.
@@ -27,7 +27,7 @@ from legocompress.errors import PlanError, SpecError
 from legocompress.models.reparameterization import fused_copy
 from legocompress.spec import LegoSpec, Rule
 
-CORRECTIONS = 8  # of estimates, until those of known MACs must do
+CORRECTIONS = 8  # rounds that replace estimated costs; then only measured forms are chosen from
 
 
 def allocate(
@@ -42,27 +42,26 @@ def allocate(
 ) -> LegoSpec:
     """Choose m, o and k of each layer so that the network keeps to a budget.
 
-    Every layer is clustered at several m, o and k. What is left of its weights' energy there, 1
-    minus the squared relative error, is multiplied over the layers, and the largest product within
-    the budget is sought by prices on both costs (Everett, 1963).
+    Each layer is clustered at several m, o and k. The quality of a choice is the product over the
+    layers of the energy that is left of their weights, 1 minus the squared relative error. The
+    largest product within the budget is searched by prices on both costs (Everett, 1963).
 
     Args:
         model: the dense network, which stays as it is.
-        spec: the most terms a slot (k, or half or a quarter of it, is chosen for each layer),
-            storage types, and which layers; its own m and o are not used.
-        max_size: of all parameters, norms included, as a share of the dense network's ideal size.
-        max_macs: of all convs and Linears, as a share of the dense network's; of Lego filters,
-            those that some slot of a split names, since the kernels skip the others.
+        spec: the largest number of terms per slot (each layer gets k, k/2 or k/4), storage
+            dtypes, and which layers to convert; its m and o are not used.
+        max_size: limit for all parameters, norms included, as a share of the ideal dense size.
+        max_macs: limit for all convs and Linears, as a share of the dense MACs. Only the Lego
+            filters that a split uses are counted, since the kernels skip the others.
         seed: of the clustering.
         example_input: as `plan` takes it.
-        on_layer: called with layers done and in all.
+        on_layer: called with the number of layers done and the number of all layers.
 
     Returns:
-        The spec with a rule for each layer that is to be converted; those that stay dense are
-        skipped by name.
+        The spec with one rule per layer to convert; layers that stay dense are skipped by name.
 
     Raises:
-        SpecError: no budget, one that nothing meets or that dense layers meet, or a rule that
+        SpecError: there is no budget, nothing meets it, the dense network meets it, or a rule
             sets m or o.
         PlanError: no layer can be converted, the model is converted already, or it could not be run
             to count its MACs.
@@ -75,7 +74,7 @@ def allocate(
     if not base.layers:
         raise PlanError(f"no layer can be converted: {reasons(base)}")
     if max_macs is not None and not base.dense_macs:
-        raise PlanError(f"max_macs cannot be kept to, since MACs are not known: {base.note}")
+        raise PlanError(f"max_macs cannot be met, since the MACs could not be counted: {base.note}")
     layers = check_layers(fused_copy(model) if base.reparameterize else model, base)
     choices = []
     for done, (name, row) in enumerate(base.layers.items(), 1):
@@ -91,7 +90,9 @@ def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]
         raise SpecError("a budget is needed: max_size, max_macs or both")
     for name, limit in budget.items():
         if not 0 < limit <= 1:
-            raise SpecError(f"{name}={limit:g} is no share of the dense network; give 0 to 1")
+            raise SpecError(
+                f"{name}={limit:g} is not a share of the dense network; give a number in (0, 1]"
+            )
     for rule in spec.rules:
         if rule.m is not None or rule.o is not None:
             raise SpecError(

@@ -30,9 +30,9 @@ def convert_(
 ) -> ModelT:
     """Turn the planned layers of `model` into Lego modules, in place, and return it.
 
-    Every layer's filters are clustered on the layer's own device; layers are done one after the
-    other, so memory stays at the model and one layer's work. Values are rounded to the storage
-    dtypes of the spec, so that what is measured is what is saved.
+    The filters of each layer are clustered on the device of the layer, one layer after the other,
+    so memory holds the model and the work of one layer. Values are rounded to the storage dtypes
+    of the spec, so that a measurement before saving equals one after loading.
 
     Args:
         model: the network that the plan was made for.
@@ -47,7 +47,7 @@ def convert_(
     if not plan.layers:
         raise PlanError(f"no layer can be converted: {reasons(plan)}")
     if plan.reparameterize:
-        check_layers(fused_copy(model), plan)  # so that what fails fails before a change
+        check_layers(fused_copy(model), plan)  # fail before anything is changed
         model = reparameterize_model(model.eval(), inplace=True)
     layers = check_layers(model, plan)
     for name, row in plan.layers.items():
@@ -62,13 +62,13 @@ def convert_(
 
 
 def reasons(plan: Plan) -> str:
-    """Why layers stay dense, as one text: each reason with the number of layers, most first."""
+    """Say why layers stay dense: each reason with its number of layers, most frequent first."""
     counts = Counter(reason.partition(":")[0] for reason in plan.skipped.values())
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
 
 
 def check_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
-    """The planned layers by name, whose weights are finite and as the plan says.
+    """Return the planned layers by name, after checking that they fit the plan and are finite.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -88,7 +88,9 @@ def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
     try:
         layer = model.get_submodule(row.name)
     except AttributeError:
-        raise PlanError(f"the plan names a layer {row.name!r}, which this model has not") from None
+        raise PlanError(
+            f"the plan names a layer {row.name!r}, which this model does not have"
+        ) from None
     weight = layer._parameters.get("weight")
     if (
         not isinstance(layer, (nn.Conv2d, nn.Linear))
@@ -107,7 +109,7 @@ def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> 
     assert spec is not None
     weight = dense_weight(layer, shape)
     unit = factorize(weight, shape, spec, seed)
-    error = relative_error(weight, assemble(shape, *unit))
-    module = become_lego_(layer, shape, *unit, spec.dtype, spec.coefficients_dtype)
+    error = relative_error(weight, assemble(shape, unit))
+    module = become_lego_(layer, shape, unit, spec.dtype, spec.coefficients_dtype)
     module.weight_error = error
     return module

@@ -12,7 +12,7 @@ from legocompress.spec import LegoSpec, matches
 def find_structural_exclusions(
     model: nn.Module, found: list[tuple[str, nn.Module]], calls: dict[nn.Module, Calls]
 ) -> dict[str, str]:
-    """Reasons, by name, of the layers that the network's own structure keeps dense."""
+    """Find the layers that stay dense because of their place in the network: name -> reason."""
     convs = [(name, layer) for name, layer in found if isinstance(layer, nn.Conv2d)]
     cfg = model_cfg(model)
     image = default_input(model)
@@ -41,7 +41,7 @@ def _names(entry: object) -> tuple[str, ...]:
 
 
 def _last_of_classifier(convs: list[tuple[str, nn.Conv2d]]) -> set[str]:
-    """Convs that classify by torchvision's naming: `*classifier`, or the last one inside it."""
+    """Convs that are classifiers by torchvision's naming: `*classifier`, or the last one in it."""
     last = {}
     for name, _ in convs:
         path = name.split(".")
@@ -53,7 +53,7 @@ def _last_of_classifier(convs: list[tuple[str, nn.Conv2d]]) -> set[str]:
 
 
 def explain_unsupported(layer: nn.Module, tied: set[int]) -> str | None:
-    """Why a layer cannot be converted whatever the user says, or None."""
+    """Say why a layer cannot be converted at all; None if it can."""
     weight = layer._parameters.get("weight")
     if type(layer).__module__.startswith("torch.ao."):
         return "part of a quantised model"
@@ -69,7 +69,7 @@ def explain_unsupported(layer: nn.Module, tied: set[int]) -> str | None:
 
 
 def explain_unwanted(name: str, layer: nn.Module, spec: LegoSpec) -> str | None:
-    """Why the user's patterns leave this layer dense, or None."""
+    """Say why the patterns of the user leave this layer dense; None if they do not."""
     if spec.only and not any(matches(pattern, name) for pattern in spec.only):
         return "not named by --only"
     if any(matches(pattern, name) for pattern in spec.skip):

@@ -11,14 +11,13 @@ from legocompress.cluster.clustering import clusterings
 from legocompress.lego.algebra import fragments
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import balance_scales, round_to_storage
+from legocompress.lego.unit import LegoUnit
 from legocompress.spec import LegoSpec
-
-Unit = tuple[Tensor, Tensor, Tensor | None]  # Lego filters, index, coefficients
 
 
 @torch.no_grad()
-def factorize(weight: Tensor, shape: UnitShape, spec: LegoSpec, seed: int) -> Unit:
-    """Lego filters, index and coefficients of a dense weight, rounded as the spec stores them.
+def factorize(weight: Tensor, shape: UnitShape, spec: LegoSpec, seed: int) -> LegoUnit:
+    """Turn a dense weight into a Lego unit, rounded as the spec stores it.
 
     Args:
         weight: (n, c, kh, kw).
@@ -32,8 +31,11 @@ def factorize(weight: Tensor, shape: UnitShape, spec: LegoSpec, seed: int) -> Un
 @torch.no_grad()
 def factorize_each(
     weight: Tensor, shapes: Sequence[UnitShape], spec: LegoSpec, seed: int
-) -> Iterator[Unit]:
-    """As `factorize` for shapes that differ in their number of terms alone, in less time."""
+) -> Iterator[LegoUnit]:
+    """Factorise for several shapes that differ in their number of terms alone.
+
+    The results are those of `factorize`; sharing the start of the clustering saves time.
+    """
     first = shapes[0]
     rows = fragments(weight, first.n_split).reshape(first.n_fragments, -1)
     terms = [shape.n_terms for shape in shapes]
@@ -45,11 +47,12 @@ def factorize_each(
         if factors.coefficients is not None:
             filters, gains = balance_scales(filters, factors.coefficients.reshape(slots))
             gains = round_to_storage(gains, spec.coefficients_dtype)
-        yield round_to_storage(filters, spec.dtype), factors.index.reshape(slots), gains
+        filters = round_to_storage(filters, spec.dtype)
+        yield LegoUnit(filters, factors.index.reshape(slots), gains)
 
 
 def dense_weight(layer: nn.Conv2d | nn.Linear, shape: UnitShape) -> Tensor:
-    """The weight of a layer as (n, c, kh, kw), which a Linear's becomes too."""
+    """The weight of a layer as (n, c, kh, kw); a Linear is a 1 x 1 conv."""
     return layer.weight.detach().reshape(shape.n_out, shape.channels, *shape.kernel)
 
 

@@ -20,14 +20,14 @@ from legocompress.spec import LegoSpec
 
 SPLITS = (1, 2, 4, 8)
 TERM_DIVISORS = (1, 2, 4)  # each layer may use k, k/2 or k/4 terms per slot
-MOST_FRAGMENTS = 8192  # of a layer; more take too long to cluster several times
+MOST_FRAGMENTS = 8192  # per layer; more take too long to cluster several times
 SHARES = (0.0625, 0.25, 0.5, 0.75)  # values of m that are clustered
-STEP = 0.0625  # of the values of m that are chosen from, up to one
-TINY = 1e-12  # squared errors
+STEP = 0.0625  # distance of the values of m to choose from, up to 1
+TINY = 1e-12  # smallest squared error, whose logarithm is finite
 
 
 def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Form]:
-    """The dense layer and its Lego forms."""
+    """List the forms of one layer: dense first, then its Lego forms."""
     choices = [Form(None, 0.0, row.dense_bits, row.dense_macs or 0)]
     n_out = row.weight_shape[0]
     for o in SPLITS:
@@ -48,7 +48,7 @@ def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[
 def _cluster_all(
     layer: nn.Conv2d | nn.Linear, row: LayerPlan, o: int, seed: int
 ) -> dict[int, dict[int, tuple[float, float]]]:
-    """What `cluster_forms` tells, by k and number of Lego filters."""
+    """Cluster a layer at each k and each of `SHARES`: k -> n_lego -> result of `cluster_forms`."""
     assert row.spec is not None
     found: dict[int, dict[int, tuple[float, float]]] = {
         k: {} for k in sorted({max(1, row.spec.k // part) for part in TERM_DIVISORS})
@@ -57,7 +57,7 @@ def _cluster_all(
         shapes = {}
         for k in found:
             shape, spec = size_form(row, share, o, k)
-            # Where o does not divide the channels, another of `SPLITS` may stand for it.
+            # Where o does not divide the channels, the unit may get another of `SPLITS`.
             if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
                 continue
             if no_gain(shape, spec, row.dense_bits) is None:
@@ -84,17 +84,18 @@ def settings_of(shape: UnitShape) -> tuple[float, int, int]:
 def cluster_forms(
     layer: nn.Conv2d | nn.Linear, row: LayerPlan, shapes: Sequence[UnitShape], seed: int
 ) -> dict[UnitShape, tuple[float, float]]:
-    """The squared relative error, and the share of the Lego filters in all splits that is used.
+    """Cluster a layer at shapes that differ in their number of terms alone.
 
-    The shapes differ in their number of terms alone.
+    Returns, for each shape, the squared relative error and the share of the Lego filters that the
+    splits use.
     """
     found: dict[UnitShape, tuple[float, float]] = {}
     if not shapes or row.spec is None:
         return found
     weight = dense_weight(layer, shapes[0])
     for shape, unit in zip(shapes, factorize_each(weight, shapes, row.spec, seed), strict=True):
-        used = used_filters(shape, unit[1]) / (shape.groups * shape.n_split * shape.n_lego)
-        found[shape] = max(relative_error(weight, assemble(shape, *unit)) ** 2, TINY), used
+        used = used_filters(shape, unit.index) / (shape.groups * shape.n_split * shape.n_lego)
+        found[shape] = max(relative_error(weight, assemble(shape, unit)) ** 2, TINY), used
     return found
 
 
@@ -107,7 +108,7 @@ def make_form(
 
 
 def _interpolate(values: dict[int, float], n_out: int) -> dict[int, float]:
-    """Values by number of Lego filters, also for numbers between and above, on straight lines."""
+    """Interpolate values linearly over the number of Lego filters, and extrapolate above."""
     filled = dict(values)
     known = sorted(values)
     if len(known) < 2:
@@ -123,8 +124,8 @@ def _interpolate(values: dict[int, float], n_out: int) -> dict[int, float]:
 
 
 def signal_lost(error: float) -> float:
-    """What a layer costs: minus the logarithm of the share of its energy that is left.
+    """The loss of a layer: minus the logarithm of the share of its energy that is left.
 
-    Layers work in a row, so their shares multiply and these costs add up.
+    Layers follow each other, so their shares multiply and their losses add up.
     """
     return -math.log1p(-min(error, LARGEST))

@@ -13,8 +13,8 @@ from legocompress.spec import LegoSpec
 class LayerPlan:
     """What is to happen to one layer, and what it costs before and after.
 
-    `reason` says why the layer stays dense; it is None where the layer is converted, and only then
-    are `shape` and `spec` there. Bits are ideal ones; macs are for one input of the probed size and
+    `reason` says why the layer stays dense. It is None where the layer is converted, and only then
+    `shape` and `spec` are set. Bits are ideal bits. MACs are for one input of the probed size, and
     None where the layer did not run.
     """
 
@@ -37,28 +37,28 @@ class LayerPlan:
 
     @property
     def params(self) -> int:
-        """Numbers in the layer's weight afterwards: bank and coefficients, or the dense weight."""
+        """Number of values after conversion: bank and coefficients, or the dense weight."""
         if self.shape is None or self.spec is None:
             return self.dense_params
         return lego_params(self.shape, self.spec.coefficients)
 
     @property
     def bits(self) -> int:
-        """Ideal bits of the layer's weight afterwards."""
+        """Ideal bits of the weight after conversion."""
         if self.shape is None or self.spec is None:
             return self.dense_bits
         return unit_bits(self.shape, self.spec)
 
     @property
     def proxy_params(self) -> int:
-        """Numbers of the proxy N while the index trains; 0 where there is nothing to choose."""
+        """Number of values of the proxy N while the index trains; 0 where there is no choice."""
         if self.shape is None or self.shape.n_lego == self.shape.n_terms:
             return 0
         return self.shape.n_fragments * self.shape.n_lego
 
     @property
     def macs(self) -> int | None:
-        """Multiply-accumulates afterwards, by the cheaper form: merge, or dense once assembled."""
+        """MACs after conversion, by the cheaper route: split-transform-merge, or assembled."""
         if self.shape is None or self.dense_macs is None:
             return self.dense_macs
         assert self.pixels is not None
@@ -70,9 +70,9 @@ class Plan:
     """Everything that a conversion will do; `convert_` carries it out.
 
     `rows` holds every conv and Linear of the model in execution order. `other_params` and
-    `other_bits` are those of all that stands in no row (norms, biases, ...), so that the rows and
-    the rest sum to the model. `reparameterize` tells that the model has blocks in training form,
-    which conversion first turns into their deployed form; the names are those of the deployed one.
+    `other_bits` count everything else (norms, biases, ...), so that all of them sum to the model.
+    `reparameterize` says that the model has blocks in training form: the conversion fuses them
+    first, and the names of the rows are names of the fused network.
     """
 
     spec: LegoSpec
@@ -92,25 +92,25 @@ class Plan:
 
     @property
     def dense_bits(self) -> int:
-        """Bits of the whole network before."""
+        """Bits of the whole network before conversion."""
         return sum(row.dense_bits for row in self.rows) + self.other_bits
 
     @property
     def bits(self) -> int:
-        """Ideal bits of the whole network afterwards."""
+        """Ideal bits of the whole network after conversion."""
         return sum(row.bits for row in self.rows) + self.other_bits
 
     @property
     def dense_macs(self) -> int:
-        """Multiply-accumulates before, of the layers that ran."""
+        """MACs before conversion, of the layers that ran."""
         return sum(row.dense_macs or 0 for row in self.rows)
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates afterwards."""
+        """MACs after conversion."""
         return sum(row.macs or 0 for row in self.rows)
 
     @property
     def proxy_bytes(self) -> int:
-        """Memory of all proxies N in float32 while indices train; an optimiser may keep as much."""
+        """Bytes of all proxies N in float32 while indices train; optimiser states come on top."""
         return 4 * sum(row.proxy_params for row in self.rows)

@@ -28,7 +28,7 @@ from legocompress.spec import LegoSpec, check_patterns
 def plan(
     model: nn.Module, spec: LegoSpec | None = None, example_input: Tensor | Any | None = None
 ) -> Plan:
-    """Decide what a conversion of `model` by `spec` replaces; the model is not touched.
+    """Decide which layers of `model` a conversion by `spec` replaces; the model stays as it is.
 
     One forward pass in eval mode finds the order of the layers and their output sizes.
 
@@ -59,7 +59,7 @@ def plan(
     check_patterns(spec, [name for name, _ in found])
     calls, input_shape, note = probe(model, example_input)
     order = {id(layer): calls[layer].order for _, layer in found if layer in calls}
-    last = len(found)  # while a list is sorted it is empty
+    last = len(found)  # taken here, since a list looks empty while it is being sorted
     found.sort(key=lambda pair: order.get(id(pair[1]), last))
     kept = find_structural_exclusions(model, found, calls)
     owners = Counter(id(layer._parameters.get("weight")) for _, layer in found)
@@ -87,7 +87,7 @@ def plan(
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer that has a conv's or Linear's weight, once, with its first name."""
+    """Yield every layer with the weight of a conv or Linear once, with its first name."""
     for name, module in model.named_modules():
         quantized = type(module).__module__.startswith("torch.ao.")
         if isinstance(module, WEIGHT_LAYERS) or (quantized and "Conv" in type(module).__name__):
@@ -137,11 +137,11 @@ def _layer_plan(
 
 
 def _computed(layer: nn.Module) -> int:
-    """Elements of a weight that is computed at every read, which costs MACs but no parameters."""
+    """Number of elements of a weight that is no parameter, such as a parametrised one."""
     weight = getattr(layer, "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0
 
 
 def _applied(layer: nn.Module, size: int) -> int:
-    """Weight elements applied at one position; CondConv2d mixes its experts into one weight."""
+    """Weight elements that one output pixel uses; CondConv2d mixes its experts into one weight."""
     return size // layer.num_experts if isinstance(layer, CondConv2d) else size

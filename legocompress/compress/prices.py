@@ -21,9 +21,9 @@ HALVINGS = 50
 
 @dataclass(frozen=True)
 class Form:
-    """One form of one layer; dense where `shape` is None.
+    """One form of one layer; `shape` is None for the dense form.
 
-    MACs are those of the Lego filters that are used, `estimated` where the form was not clustered.
+    MACs count the Lego filters that are used; `estimated` says that the form was not clustered.
     """
 
     shape: UnitShape | None
@@ -36,7 +36,7 @@ class Form:
 def choose_forms(
     budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Form]]
 ) -> list[Form]:
-    """One choice a layer, of least total loss within the budget as far as prices find it."""
+    """Choose one form per layer: the least total loss within the budget that prices find."""
     costs, room = _costs(budget, base, choices)
     losses = _table(choices, "loss")
     best, least = None, math.inf
@@ -58,7 +58,10 @@ def choose_forms(
 
 
 def _at_least_price(losses: Tensor, priced: Tensor, costs: Tensor, room: Tensor) -> Tensor | None:
-    """The choices (layers, 1) of least loss plus price, at the least price that keeps to `room`."""
+    """Minimise loss + price * cost per layer, at the least price whose choices fit into `room`.
+
+    Returns the choices (layers, 1), or None where no price fits.
+    """
     best = None
     low, high = -float(DECADES), float(DECADES)
     for _ in range(HALVINGS):
@@ -73,7 +76,7 @@ def _at_least_price(losses: Tensor, priced: Tensor, costs: Tensor, room: Tensor)
 def _spend_rest(chosen: Tensor, losses: Tensor, costs: Tensor, room: Tensor) -> Tensor:
     """Change one layer after another, where it helps most, until no change fits the budget.
 
-    Prices find the choices on a convex hull alone and leave what lies between two of them unspent.
+    Prices find only choices on a convex hull, and leave a part of the budget unspent.
     """
     while True:
         now = _each(costs, chosen)
@@ -94,7 +97,7 @@ def _each(costs: Tensor, chosen: Tensor) -> Tensor:
 def _costs(
     budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Form]]
 ) -> tuple[Tensor, Tensor]:
-    """Costs (budgets, layers, choices) and what they may add up to, as shares of the network's."""
+    """Costs (budgets, layers, choices) and their limits (budgets,), as shares of the network."""
     tables, room = [], []
     for name, share in budget.items():
         field = "bits" if name == "max_size" else "macs"
@@ -113,7 +116,7 @@ def _costs(
 
 
 def _table(choices: Sequence[Sequence[Form]], field: str) -> Tensor:
-    """A field of all choices as (layers, most choices); the first choice fills short rows."""
+    """Tabulate a field of all choices as (layers, most choices); the first choice fills gaps."""
     width = max(len(options) for options in choices)
     rows = [[*options, *[options[0]] * (width - len(options))] for options in choices]
     values = [[getattr(choice, field) for choice in row] for row in rows]

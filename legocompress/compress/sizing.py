@@ -12,7 +12,11 @@ from legocompress.spec import LegoSpec
 
 
 def unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
-    """Sizes of a row's unit; where o does not divide, the padding or smaller o of fewest bits."""
+    """Choose the sizes of the unit for a layer.
+
+    Where o does not divide the channels, either the last fragment is padded or o is smaller,
+    whichever takes fewer bits.
+    """
     n_out, channels = row.weight_shape[:2]
     kernel = row.weight_shape[2:] or (1, 1)
 
@@ -26,7 +30,7 @@ def unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
 
     if channels % spec.o == 0:
         return shape(spec.o)
-    # A split that leaves its last fragment all padding is the same as a smaller one.
+    # A split whose last fragment were all padding would equal a smaller split.
     splits = [
         o for o in range(1, min(spec.o, channels) + 1) if (o - 1) * -(-channels // o) < channels
     ]
@@ -34,7 +38,7 @@ def unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
 
 
 def no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
-    """Why a unit of these sizes does not pay, or None."""
+    """Say why a unit of these sizes does not pay; None if it does."""
     if spec.allow_expansion:
         return None
     if shape.n_lego < shape.n_split:
@@ -46,7 +50,7 @@ def no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
 
 
 def check_splits(spec: LegoSpec, rows: Sequence[LayerPlan]) -> None:
-    """Raise SpecError if `o` divides the input channels of no layer that is to be converted."""
+    """Raise SpecError if `o` divides the input channels of none of the layers to convert."""
     wanted = [r for r in rows if r.shape is not None and r.spec is not None]
     if wanted and all(r.shape.channels % r.spec.o for r in wanted if r.shape and r.spec):
         channels = sorted({r.shape.channels for r in wanted if r.shape})

@@ -17,7 +17,7 @@ UNLABELLED = -1
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Image files with labels; one that cannot be read is an error that names it."""
+    """Image files with labels; an unreadable file raises a DataError that names it."""
 
     def __init__(self, items: list[tuple[str, int]], transform: Callable[..., Tensor], mode: str):
         self.items, self.transform, self.mode = items, transform, mode
@@ -30,7 +30,7 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         try:
             with Image.open(path) as image:
                 return self.transform(image.convert(self.mode)), label
-        # Pillow's readers raise many kinds of error on damaged files.
+        # Pillow raises many kinds of exceptions on damaged files.
         except Exception as error:
             raise DataError(
                 f"image {path!r} cannot be read ({error}); remove or repair it"
@@ -52,7 +52,7 @@ class Arrays(Dataset[tuple[Tensor, int]]):
 
 
 class NamedImages(Dataset[tuple[Tensor, int]]):
-    """A data set of timm's, whose own class would skip an image that cannot be read."""
+    """A named data set of timm; an unreadable image is an error, where timm would skip it."""
 
     def __init__(self, found: Any, name: str, transform: Callable[..., Tensor], mode: str):
         self.found, self.name, self.transform, self.mode = found, name, transform, mode
@@ -69,7 +69,7 @@ class NamedImages(Dataset[tuple[Tensor, int]]):
             else:
                 image, label = self.found[position]
                 image = image.convert(self.mode)
-        # Each library behind these names has errors of its own.
+        # Each library behind these names has its own exceptions.
         except Exception as error:
             where = f"{position}"
             if isinstance(self.found, ImageDataset):

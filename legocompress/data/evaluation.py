@@ -1,4 +1,4 @@
-"""What a network does on images: accuracy on labelled ones, agreement with the original on any."""
+"""Evaluate a network: accuracy on labelled images, agreement with the original on any images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from legocompress.models.probe import evaluating
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network does on images; accuracies are percentages, None without labels.
+    """The result of an evaluation.
 
-    `agreement` is the percentage of images on which the original has the same first class, and
-    `output_error` the relative error ||y - y'|| / ||y|| of the outputs; None without the original.
+    Accuracies are percentages, and None without labels. `agreement` is the percentage of images for
+    which the original has the same first class. `output_error` is the relative error
+    ||y - y'|| / ||y|| of the outputs. Both are None without the original.
     """
 
     images: int
@@ -43,12 +44,12 @@ def evaluate(
         model: a network from (N, c, H, W) to (N, classes).
         batches: pairs of images and labels (N,), labels `UNLABELLED` where there are none.
         original: the network before compression.
-        n_classes: how many outputs the labels count on, where that is known (`Images.n_classes`).
+        n_classes: number of outputs that the labels assume, if it is known (`Images.n_classes`).
         on_batch: called with the number of images after each batch.
 
     Raises:
-        DataError: a label is no output of the network, the output is not (N, classes), or there is
-            no image.
+        DataError: a label exceeds the outputs of the network, the outputs are not (N, classes), or
+            there is no image.
     """
     sums = dict.fromkeys(("images", "labelled", "top1", "top5", "o1", "o5", "same"), 0.0)
     error = reference = 0.0
@@ -73,7 +74,7 @@ def evaluate(
                 if target.shape != y.shape:
                     raise DataError(
                         f"the network has {y.shape[1]} outputs and the original {target.shape[1]}; "
-                        "name the network that it was made of"
+                        "name the network that it was converted from"
                     )
                 _add_accuracy(sums, ("o1", "o5"), target[known], labels[known])
                 sums["same"] += int((y.argmax(1) == target.argmax(1)).sum())

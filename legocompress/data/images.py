@@ -25,10 +25,10 @@ SCHEMES = ("torch", "hfds", "hfids", "tfds", "wds")  # the kinds of named data s
 
 @dataclass(frozen=True)
 class Images:
-    """A data set of (image tensor, label) and what its labels mean.
+    """A data set of (image tensor, label), and what its labels mean.
 
-    `labelled` is False where the labels are all `UNLABELLED`. `n_classes` is the number of class
-    folders where their order alone gives the labels, else None.
+    `labelled` is False where all labels are `UNLABELLED`. `n_classes` is the number of class
+    folders if the labels follow from their order alone, else None.
     """
 
     dataset: Dataset[tuple[Tensor, int]]
@@ -43,7 +43,7 @@ class Images:
         return Loader(dataset, batch_size, shuffle=False, num_workers=workers)
 
     def sample(self, n_images: int, seed: int = 0) -> Images:
-        """At most `n_images` of them, drawn at random without repetition."""
+        """Draw at most `n_images` of them at random, without repetition."""
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(self.size, generator=generator)[:n_images].tolist()
         return replace(self, dataset=Subset(self.dataset, drawn), size=len(drawn))
@@ -61,19 +61,18 @@ def open_images(
     """Open images under the preprocessing that `model` carries in its `pretrained_cfg`.
 
     Args:
-        where: a folder of images (with a sub-folder a class, or none at all), an .npz file of
-            `images` (N, H, W[, 3]) uint8 and perhaps `labels` (N,), or a timm dataset name such as
-            `torch/cifar10`.
-        model: the network that will see them.
+        where: a folder of images (with one sub-folder per class, or with none), an .npz file with
+            `images` (N, H, W[, 3]) uint8 and optionally `labels` (N,), or a timm dataset name such
+            as `torch/cifar10`.
+        model: the network that the images are for.
         data_dir: root of a named data set.
         split: of a named data set.
-        class_map: text file of class folder names, one a line, in the order of the outputs.
+        class_map: text file of class folder names, one per line, in the order of the outputs.
         labels: False drops the labels.
-        transform: from a PIL image, in place of the preprocessing.
+        transform: function of a PIL image that replaces the preprocessing.
 
     Raises:
-        DataError: nothing is there, an image cannot be read, or the labels cannot be those of the
-            model.
+        DataError: there are no images, an image cannot be read, or the labels do not fit the model.
     """
     own, mode = preprocessing(model)
     transform = own if transform is None else transform
@@ -93,7 +92,7 @@ def open_images(
 
 
 def preprocessing(model: nn.Module) -> tuple[Callable[..., Tensor], str]:
-    """The model's transform, tried on a blank image, and the mode of the images it takes."""
+    """Return the transform of a model, tried on a blank image, and the mode of its images."""
     cfg = resolve_data_config({}, model=model)
     try:
         channels = cfg["input_size"][0]
@@ -142,7 +141,7 @@ def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: boo
             targets = file["labels"] if labels and "labels" in file else None
     # Damaged archives end in errors of zipfile, zlib and tokenize, and more.
     except Exception as error:
-        raise DataError(f"{str(path)!r} is no .npz file with 'images': {error}") from error
+        raise DataError(f"{str(path)!r} is not an .npz file with 'images': {error}") from error
     colours = pixels.shape[3:] or (3,)
     if pixels.dtype != np.uint8 or pixels.ndim < 3 or colours != (3,) or not pixels.size:
         raise DataError(
@@ -151,8 +150,8 @@ def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: boo
         )
     if targets is not None and (targets.shape != (len(pixels),) or targets.dtype.kind not in "iu"):
         raise DataError(
-            f"'labels' of {str(path)!r} are {targets.dtype} {targets.shape}; one integer an image "
-            "expected"
+            f"'labels' of {str(path)!r} are {targets.dtype} {targets.shape}; expected one "
+            "integer per image"
         )
     labelled = targets is not None
     targets = np.full(len(pixels), UNLABELLED) if targets is None else targets

@@ -15,7 +15,7 @@ from legocompress.errors import DataError
 
 
 class Loader(DataLoader[Any]):
-    """A loader whose workers end with its process, and tell errors as a sentence of their own."""
+    """A loader whose workers end with its process, and whose errors are one sentence."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.worker_init_fn = partial(_end_with, os.getpid())
@@ -27,10 +27,10 @@ class Loader(DataLoader[Any]):
 
 
 def _end_with(parent: int, worker: int) -> None:
-    """Watch the process `parent` from now on, and end this one when it is gone.
+    """Watch the parent process, and end this worker process when the parent is gone.
 
-    PyTorch's own watch asks for the parent's number after the worker has started: a worker whose
-    parent is killed before that waits forever, and holds its memory and its open files.
+    PyTorch's own check reads the parent's process id after the worker has started. A worker whose
+    parent was killed before that would wait forever, with its memory and its open files.
     """
 
     def watch() -> None:

@@ -17,6 +17,7 @@ from legocompress import kernels
 from legocompress.lego.algebra import assemble, merge_by_table, slot_table, split_transform_merge
 from legocompress.lego.module import LegoModule, replaced_class
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 from legocompress.state.deployment import ConvRoute, Format
 
 Activation = Literal["none", "relu", "relu6", "silu"]
@@ -192,7 +193,7 @@ class ConvSite(nn.Module):
         """The dense weight (n, c/g, kh, kw) with the norm folded in."""
         if not self.is_lego:
             return self._filters
-        return assemble(self._shape, self._filters, self._index, self._coefficients)
+        return assemble(self._shape, LegoUnit(self._filters, self._index, self._coefficients))
 
     def routes(self, device: torch.device, dtype: torch.dtype) -> tuple[ConvRoute, ...]:
         """The routes that could run this layer on inputs of this device and dtype."""
@@ -320,7 +321,7 @@ class ConvSite(nn.Module):
             x, padding = g.place(x)
             x = x.contiguous(memory_format=memory)
             y = split_transform_merge(
-                shape, x, filters, index, gains, bias, g.stride, padding, g.dilation
+                shape, LegoUnit(filters, index, gains), x, bias, g.stride, padding, g.dilation
             )
             return self._finish(y, residual)
 
@@ -336,7 +337,7 @@ class ConvSite(nn.Module):
             batch = int(x.shape[0])
             if batch not in tables:
                 tables.clear()
-                tables[batch] = slot_table(shape, index, gains, batch)
+                tables[batch] = slot_table(shape, LegoUnit(filters, index, gains), batch)
             y = merge_by_table(
                 shape, x, filters, *tables[batch], bias, g.stride, padding, g.dilation
             )

@@ -1,6 +1,6 @@
 """What leaves the toolkit: dense weights, timm folders, ONNX files, torch.export programs."""
 
-from legocompress.export.dense import export_dense, export_timm, to_dense
+from legocompress.export.dense import export_dense, export_timm
 from legocompress.export.onnx_file import export_onnx
 from legocompress.export.program import Exported, export_program
 
@@ -10,5 +10,4 @@ __all__ = [
     "export_onnx",
     "export_program",
     "export_timm",
-    "to_dense",
 ]

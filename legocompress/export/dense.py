@@ -1,8 +1,7 @@
-"""What leaves the toolkit: the network as dense weights that need nothing of this package."""
+"""Export a network as dense weights, which load without this package."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 
@@ -12,18 +11,13 @@ from torch import Tensor, nn
 from legocompress.checkpoint import CONFIG, TENSORS, check_target, config_text, timm_config
 from legocompress.errors import ExportError, LegoError
 from legocompress.files import write_tensors, writing
-from legocompress.lego.surgery import to_dense_
+from legocompress.lego.surgery import to_dense
 from legocompress.models.factory import create
 from legocompress.models.source import source_of
 
 
-def to_dense(model: nn.Module) -> nn.Module:
-    """Copy a converted network with every Lego module turned back into an ordinary layer."""
-    return to_dense_(copy.deepcopy(model))
-
-
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the dense architecture, with assembled weights under the original names."""
+    """Return the state dict of the dense architecture, with assembled weights."""
     return to_dense(model).state_dict()
 
 
@@ -33,7 +27,7 @@ def export_dense(model: nn.Module, path: str | Path, force: bool = False) -> Pat
     Args:
         model: the converted network.
         path: the file to write.
-        force: replace what stands there.
+        force: replace an existing output.
 
     Raises:
         OutputExistsError: the file exists and `force` is not given.
@@ -46,7 +40,7 @@ def export_dense(model: nn.Module, path: str | Path, force: bool = False) -> Pat
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
-    # Aliases of one tensor become copies: strict loading asks for every name.
+    # Aliases of one tensor become copies, since strict loading asks for every name.
     return {name: t.detach().cpu().clone().contiguous() for name, t in dense_state(model).items()}
 
 
@@ -54,35 +48,37 @@ def export_timm(model: nn.Module, path: str | Path, force: bool = False) -> Path
     """Write a dense network as a folder in timm's hub layout, with its preprocessing.
 
     `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it without this package (timm up
-    to 1.0.22 reads a local folder's safetensors as pickle, and fails). It is loaded once before it
-    takes its place.
+    to 1.0.22 reads the safetensors of a local folder as pickle, and fails). The folder is loaded
+    once, as a check, before it is renamed to `path`.
 
     Args:
-        model: the converted network, of one of timm's architectures.
+        model: the converted network; its architecture must be one of timm.
         path: the folder to write.
-        force: replace what stands there.
+        force: replace an existing output.
 
     Raises:
-        ExportError: timm does not build the network in this form, or loads other values.
-        OutputExistsError: the folder exists and `force` is not given, or holds something else.
+        ExportError: timm does not build the network in this form, or loads other values from it.
+        OutputExistsError: the folder exists and `force` is not given, or it holds other files.
         OutputError: it cannot be written.
     """
     source = source_of(model)
     if source.library != "timm":
         raise ExportError(
-            f"timm has no {source.architecture or type(model).__name__}: this folder is for timm's "
-            "own architectures. --to dense writes the weights of any network"
+            f"timm has no {source.architecture or type(model).__name__}: this folder is for "
+            "architectures of timm. --to dense writes the weights of any network"
         )
     if source.reparameterized:
         raise ExportError(
-            f"{source.architecture} was brought into its deployed form, and timm builds its "
-            "training form; load --to dense after timm.utils.reparameterize_model(model)"
+            f"{source.architecture} is fused, and timm builds its training "
+            "form; load --to dense after timm.utils.reparameterize_model(model)"
         )
     config, state = timm_config(model, source), _plain_state(model)
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    config["pretrained_cfg"].pop("custom_load", None)  # of files in other formats
+    config["pretrained_cfg"].pop("custom_load", None)  # it is meant for files in other formats
     if first is not None and first.in_channels != 3:
-        config["pretrained_cfg"]["first_conv"] = None  # else timm takes the file's for colour
+        config["pretrained_cfg"]["first_conv"] = (
+            None  # else timm converts the weights from three channels
+        )
     target = Path(path)
     check_target(target, force)
     with writing(target, force, folder=True) as folder:

@@ -1,4 +1,4 @@
-"""A compressed folder -> a repository on the Hugging Face hub, with a model card."""
+"""Upload a compressed folder to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def push(
 ) -> str:
     """Upload a compressed folder to the hub, where `load("hf-hub:USER/REPO")` finds it.
 
-    The folder is loaded first, so that nothing damaged leaves. A model card is written from its
-    report, unless the repository has one.
+    The folder is loaded first, so that no damaged folder is uploaded. A model card is written from
+    its report, unless the repository has one.
 
     Args:
-        folder: what `save` wrote.
-        repo: USER/REPO; made if it is not there.
+        folder: a folder that `save` wrote.
+        repo: USER/REPO; created if it does not exist.
         private: whether a new repository is private.
         message: of the commit.
-        token: of the hub; by default the one that `hf auth login` kept.
-        model: for a network of your own: a fresh dense instance, as `load` takes it.
+        token: of the hub; by default the one of `hf auth login`.
+        model: a fresh dense instance if the network is your own, as `load` takes it.
 
     Returns:
         The repository's address.
 
     Raises:
-        UsageError: the name is no name of a repository.
+        UsageError: the name is not the name of a repository.
         CheckpointError: the folder is damaged.
         OutputError: the hub refuses, or cannot be reached.
     """
@@ -65,19 +65,18 @@ def push(
                 (Path(place) / CARD).write_text(card, encoding="utf-8")
             api.upload_folder(repo_id=url.repo_id, folder_path=place, commit_message=message)
     except HFValidationError as error:
-        raise UsageError(f"{repo!r} is no name of a repository, USER/REPO: {error}") from error
-    # The library's errors of the network derive from different classes in different versions.
+        raise UsageError(f"{repo!r} is not the name of a repository, USER/REPO: {error}") from error
+    # Network errors of the library have different base classes in different versions.
     except Exception as error:
-        told = first_line(error)
         raise OutputError(
-            f"cannot push to {repo!r}: {told}. Log in with `hf auth login`, or pass a token that "
-            "may write there"
+            f"cannot push to {repo!r}: {first_line(error)}. Log in with `hf auth login`, or pass a "
+            "token that may write there"
         ) from error
     return str(url)
 
 
 def model_card(folder: str | Path, repo: str, model: nn.Module | None = None) -> str:
-    """The model card of a compressed folder: what it is, its report's totals, how to load it.
+    """Write the model card of a compressed folder: what it is, its totals, how to load it.
 
     Raises:
         CheckpointError: the folder is damaged.

@@ -1,4 +1,4 @@
-"""A network as an ONNX file of plain operators, its Lego units as small as in the checkpoint."""
+"""Export a network as an ONNX file of plain operators, with Lego units in storage dtypes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from legocompress.export.program import (
 from legocompress.files import check_free, writing
 
 OPSET = 18
-MAX_BYTES = 2**31 - 2**20  # what one protobuf file can hold
+MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file
 FORMS: tuple[Form, ...] = ("lego", "assemble-at-load", "dense")
 
 
@@ -44,23 +44,25 @@ def export_onnx(
 ) -> Exported:
     """Write a network as an ONNX file with a dynamic batch, checked against ONNX Runtime.
 
-    The file has one input `image` (N, c, H, W) float32 and plain operators only. In the forms
-    'lego' and 'assemble-at-load' it stores what the checkpoint stores: filters and coefficients in
-    their storage dtypes, indices in the narrowest integer. 'lego' computes split-transform-merge;
-    'assemble-at-load' builds the dense weights out of constants, which ONNX Runtime and OpenVINO
-    do once, as they load; 'dense' stores the dense weights.
+    The file has one input `image` (N, c, H, W) float32 and plain operators only. The forms:
+
+    - 'lego' stores what the checkpoint stores (filters and coefficients in their storage dtypes,
+      indices in the narrowest integer) and computes split-transform-merge.
+    - 'assemble-at-load' stores the same, and computes the dense weights from these constants. ONNX
+      Runtime and OpenVINO do this once, when they load the file.
+    - 'dense' stores the dense weights.
 
     Args:
-        model: the converted network; it runs in float32 there.
+        model: the converted network; the file computes in float32.
         path: the file to write.
-        form: what the file holds.
-        force: replace what stands there.
-        example_input: (N, c, H, W), for the size of images; by default the configuration's.
+        form: see above.
+        force: replace an existing file.
+        example_input: (N, c, H, W), for the size of images; by default that of the configuration.
 
     Raises:
         UsageError: the form is unknown, or the packages for ONNX are not installed.
         ExportError: the network cannot be traced or expressed in ONNX, is too large for one file,
-            or ONNX Runtime's outputs are not the network's.
+            or ONNX Runtime computes other outputs than the network.
         OutputExistsError: the file exists and `force` is not given.
         OutputError: it cannot be written.
     """
@@ -108,7 +110,7 @@ def _need(package: str) -> Any:
 
 
 def _convert(program: ExportedProgram, names: list[str], n_outputs: int) -> Any:
-    """The exported program as an ONNX model, optimised by torch's own exporter."""
+    """Turn the exported program into an ONNX model, optimised by the exporter of torch."""
     outputs = ["output"] if n_outputs == 1 else [f"output_{i}" for i in range(n_outputs)]
     loud = logging.getLogger("torch.onnx")
     level = loud.level
@@ -126,7 +128,7 @@ def _convert(program: ExportedProgram, names: list[str], n_outputs: int) -> Any:
             )
             assert written is not None
             return written.model_proto
-    # The exporter wraps errors of any kind, some with pages of text.
+    # The exporter raises any kind of exception, some with pages of text.
     except Exception as error:
         raise ExportError(
             f"torch.onnx cannot express this network: {first_line(error)}. "
@@ -137,7 +139,7 @@ def _convert(program: ExportedProgram, names: list[str], n_outputs: int) -> Any:
 
 
 def _attach(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form) -> None:
-    """Put a unit's stored tensors into the graph, and nodes that decode them to the inputs' place.
+    """Replace the graph inputs of a unit by its stored tensors and nodes that decode them.
 
     The units were inputs until now, so that the exporter could not fold them into larger constants.
     """
@@ -175,7 +177,7 @@ def _attach(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form) -> N
         widened(scales, unit.scales, torch.float32)
         inputs = [narrow(filters, unit.filters), scales]
         nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [filters], axis=0))
-    else:  # ONNX Runtime keeps DequantizeLinear for its kernels of int8, and folds a product
+    else:  # ONNX Runtime folds a product, but keeps DequantizeLinear for its int8 kernels
         column = unit.scales.reshape(-1, *[1] * (unit.filters.dim() - 1))
         widened(scales, column, torch.float32)
         cast(narrow(filters, unit.filters), f"{filters}.float32", torch.float32)
@@ -197,9 +199,9 @@ def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:
 
 
 def _strip(proto: Any) -> None:
-    """Remove what only a reader of the graph would miss: stack traces, node names, shapes inside.
+    """Remove stack traces, node names and inner shapes, which no runtime needs.
 
-    Values inside the graph get short names, unless a sub-graph might use them.
+    Inner values get short names, unless a sub-graph might use them.
     """
     graph = proto.graph
     proto.producer_name, proto.producer_version = "legocompress", ""
@@ -252,13 +254,13 @@ def _serialize(onnx: Any, proto: Any) -> bytes:
 
 
 def _run(runtime: Any, path: Path, images: Tensor) -> list[Tensor]:
-    """Outputs of ONNX Runtime on the CPU."""
+    """Run the file in ONNX Runtime on the CPU, and return its outputs."""
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         outputs = session.run(None, {"image": images.numpy()})
-    # The runtime's errors derive from different classes in different versions.
+    # Errors of the runtime have different base classes in different versions.
     except Exception as error:
         raise ExportError(f"ONNX Runtime refuses the file: {first_line(error)}") from error
     return [torch.from_numpy(output) for output in outputs]

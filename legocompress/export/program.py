@@ -1,4 +1,4 @@
-"""A network as one torch.export program of plain operators, with a dynamic batch."""
+"""Export a network as one torch.export program of plain operators, with a dynamic batch."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from legocompress.lego.surgery import to_dense_
 from legocompress.models.probe import default_input
 
 Form = Literal["lego", "assemble-at-load", "dense", "fused"]
-# What an export may differ from the network by: float32 sums in another order, no more.
+# Largest relative difference between an export and the network: float32 sums in another order.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how far its outputs are from the network's.
+    """An exported file, and how far its outputs are from those of the network.
 
-    `max_difference` is the largest absolute one on random images, `relative_difference` the same
-    over the largest output.
+    `max_difference` is the largest absolute difference on random images; `relative_difference` is
+    the same divided by the largest output.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Exported:
 
 
 class StoredUnit(nn.Module):
-    """The tensors of a Lego unit as they are stored: values in storage dtypes, a narrow index."""
+    """The stored tensors of a Lego unit: values in storage dtypes, a narrow index."""
 
     filters: Tensor
     scales: Tensor | None
@@ -71,7 +71,7 @@ class StoredUnit(nn.Module):
         self.register_buffer("coefficients", gains)
 
     def forward(self) -> dict[str, Tensor]:
-        """The tensors that the Lego module computes with, by their names there."""
+        """Decode the tensors that the Lego module computes with: name in the module -> tensor."""
         tensors = {"index": self.index.to(torch.int64)}
         if self.scales is None:
             tensors["lego_filters"] = self.filters.to(torch.float32)
@@ -84,26 +84,26 @@ class StoredUnit(nn.Module):
 
 
 def index_dtype(n_lego: int) -> torch.dtype:
-    """The narrowest type of whole bytes that every framework can gather by, after a cast."""
+    """The narrowest dtype for an index that every framework can cast to int64 and gather by."""
     if n_lego <= 2**8:
         return torch.uint8
     return torch.int16 if n_lego <= 2**15 else torch.int32
 
 
 class Hollow(nn.Module):
-    """A network whose Lego units come as an argument: nothing can be folded into them."""
+    """A network that takes its Lego units as an argument, so that no tool can fold them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: Tensor, units: dict[str, Tensor]) -> Any:
-        """Run the network with `units`: each Lego module's tensors by their full names."""
+        """Run the network with `units`: full name -> tensor of a Lego module."""
         return functional_call(self.model, units, (image,))
 
 
 class _SelfContained(nn.Module):
-    """A network that holds its Lego units as they are stored, and decodes them as it runs."""
+    """A network that holds its stored Lego units, and decodes them at every run."""
 
     def __init__(self, hollow: Hollow, units: dict[str, StoredUnit]) -> None:
         super().__init__()
@@ -119,15 +119,15 @@ class _SelfContained(nn.Module):
 
 
 def within(owner: str, leaf: str) -> str:
-    """The full name of a module's tensor."""
+    """The full name of a tensor in a module."""
     return f"{owner}.{leaf}" if owner else leaf
 
 
 def hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, StoredUnit]]:
-    """A float32 copy of a network without its Lego units, and those units as they are stored.
+    """Copy a network in float32 without its Lego units; return it and the stored units.
 
-    In the form 'lego' a layer merges if its class can (`LegoModule.routes`); else, and in the form
-    'assemble-at-load', its weight is assembled.
+    In the form 'lego' a layer takes the route 'reference' if its class has it; otherwise, and in
+    the form 'assemble-at-load', it takes the route 'assemble'.
     """
     copied = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format).cpu().eval()
     units = {}
@@ -145,9 +145,9 @@ def hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, StoredU
 
 
 def reference(model: nn.Module, form: Form) -> nn.Module:
-    """The network that an export is held against: dense, float32, on the CPU, in eval mode.
+    """Return the network that an export is compared with: dense, float32, on the CPU, in eval mode.
 
-    Forms that store units round them, as `save` does, where training has moved them.
+    For forms that store units the values are rounded first, as `save` rounds them.
     """
     copied = copy.deepcopy(model)
     for _, module in lego_modules(copied) if form in ("lego", "assemble-at-load") else ():
@@ -161,7 +161,7 @@ def reference(model: nn.Module, form: Form) -> nn.Module:
 
 
 def _fused(model: nn.Module, images: Tensor) -> nn.Module:
-    """A float32 copy of a network as `deploy_` runs it here, with the kernels of this package."""
+    """Copy a network in float32 and deploy the copy, with the kernels of this package."""
     if not kernels.available():
         raise KernelError(f"--form fused needs the compiled kernels: {kernels.why_unavailable()}")
     copied = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format).cpu()
@@ -169,14 +169,16 @@ def _fused(model: nn.Module, images: Tensor) -> nn.Module:
         deploy_(copied, images[:1], only=("assemble", "fused", "winograd"), formats=("nchw",))
         return deployed_graph(copied)
     except DeployError as error:
-        raise ExportError(f"--form fused: {error}; --form lego may do") from error
+        raise ExportError(f"--form fused: {error}; try --form lego") from error
 
 
 def example_images(model: nn.Module, example_input: Tensor | None, batch: int = 2) -> Tensor:
-    """A batch of random images, float32, of the example's size or the configuration's."""
+    """A batch of random float32 images, of the size of the example or the configuration."""
     example = default_input(model) if example_input is None else example_input
     if example is None:
-        raise UsageError("the model has no parameter to tell its input by; give example_input")
+        raise UsageError(
+            "the size of the input is unknown, since the model has no parameter; give example_input"
+        )
     generator = torch.Generator().manual_seed(0)
     return torch.rand(batch, *example.shape[1:], generator=generator)
 
@@ -191,9 +193,9 @@ def trace(module: nn.Module, *args: Any) -> ExportedProgram:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            # Traced by running it, not by its bytecode, which few networks allow.
+            # Not strict: trace by running the network, since few networks allow bytecode tracing.
             return torch.export.export(module, args, dynamic_shapes=dynamic, strict=False)
-    # The tracer runs the network's own code, which may refuse in any way.
+    # The tracer runs code of the network, which may raise any exception.
     except Exception as error:
         raise ExportError(
             f"torch.export cannot trace this network with a dynamic batch: {first_line(error)}. "
@@ -202,19 +204,19 @@ def trace(module: nn.Module, *args: Any) -> ExportedProgram:
 
 
 def differences(expected: Any, found: Any) -> tuple[float, float]:
-    """The largest difference between two nested outputs, absolute and over the largest value."""
+    """The largest difference of two nested outputs: absolute, and relative to the largest value."""
     pairs = list(zip(tree_leaves(expected), tree_leaves(found), strict=True))
     absolute = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
     return absolute, absolute / max(max(float(a.abs().max()) for a, _ in pairs), 1e-30)
 
 
 def check_agrees(where: str, relative: float) -> None:
-    """Raise ExportError if outputs are further off than rounding explains."""
+    """Raise ExportError if outputs differ by more than rounding can explain."""
     if not relative <= TOLERANCE:
         raise ExportError(
             f"{where} differs from the network by {relative:.1e} of its largest output, more than "
-            f"{TOLERANCE:.0e}; nothing was written. Please report the architecture; --form dense "
-            "may do meanwhile"
+            f"{TOLERANCE:.0e}; nothing was written. Please report the architecture; meanwhile try "
+            "--form dense"
         )
 
 
@@ -227,20 +229,21 @@ def export_program(
 ) -> Exported:
     """Write a network as a torch.export program.
 
-    All forms but 'fused' reload without this package; for 'fused', import it first.
+    All forms but 'fused' load without this package; for 'fused', import it before loading.
 
     Args:
-        model: the converted network; it runs in float32 there.
+        model: the converted network; the program computes in float32.
         path: the file to write.
-        form: 'lego' stores the units as the checkpoint does and merges; 'dense' has the assembled
-            weights; 'fused' is the network as `deploy_` runs it here, on the compiled kernels.
-        force: replace what stands there.
-        example_input: (N, c, H, W), for the size of images; by default the configuration's.
+        form: 'lego' stores the units as the checkpoint does, and computes split-transform-merge;
+            'dense' stores the assembled weights; 'fused' is the network as `deploy_` runs it on
+            this machine, with the compiled kernels.
+        force: replace an existing file.
+        example_input: (N, c, H, W), for the size of images; by default that of the configuration.
 
     Raises:
         UsageError: the form is none of these.
         KernelError: the form is 'fused', and there are no compiled kernels.
-        ExportError: torch.export cannot follow the network, or the program is not equal to it.
+        ExportError: torch.export cannot follow the network, or the program computes something else.
         OutputExistsError: the file exists and `force` is not given.
         OutputError: it cannot be written.
     """
@@ -259,9 +262,9 @@ def export_program(
     elif form == "fused":
         module = _fused(model, images)
     program = trace(module, images[:2])
-    # The program is stored with its example, so that is one number, repeated.
+    # The program is stored with its example input, so make that one repeated number.
     program.example_inputs = ((torch.zeros(()).expand(images[:2].shape),), {})
-    for node in program.graph.nodes:  # where each line came from, which is most of the file
+    for node in program.graph.nodes:  # traces of source lines, which are most of the file
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
     with writing(target, force) as temporary:

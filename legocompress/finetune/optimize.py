@@ -146,8 +146,7 @@ def add_anchor_(model: nn.Module, weight: float) -> None:
     """
     for _, module in lego_modules(model):
         if module.proxy is not None and module.proxy.grad is not None:
-            unit = (module.lego_filters, module.index, module.coefficients)
-            start = start_proxy(module.lego_shape, *unit)
+            start = start_proxy(module.lego_shape, module.lego_unit)
             module.proxy.grad += weight * (module.proxy - start)
 
 

@@ -1,8 +1,8 @@
 """The math of one Lego unit, as pure functions of tensors.
 
-Letters of the shapes: n outputs, c input channels, g groups, o splits, m Lego filters, k terms a
-slot, q = ceil(c / g / o) channels a fragment. Sizes come as a UnitShape of Python integers, never
-unpacked from tensors, so that tracing and export see constants.
+Letters of the shapes: n outputs, c input channels, g groups, o splits, m Lego filters, k terms per
+slot, q = ceil(c / g / o) channels per fragment. Sizes come from a UnitShape of Python integers and
+are never read from tensors, so that tracing and export see constants.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 
 
 def fragments(weight: Tensor, n_split: int) -> Tensor:
@@ -22,25 +23,17 @@ def fragments(weight: Tensor, n_split: int) -> Tensor:
     return padded.reshape(n_out, n_split, width, kh, kw).transpose(0, 1)
 
 
-def assemble(
-    shape: UnitShape, lego_filters: Tensor, index: Tensor, coefficients: Tensor | None
-) -> Tensor:
+def assemble(shape: UnitShape, unit: LegoUnit) -> Tensor:
     """Build the dense filters (n, c/g, kh, kw) that a Lego unit stands for.
 
     F[j, fragment i] = sum_t coefficients[i, j, t] * lego_filters[index[i, j, t]]; with k = 1 this
     is eq. 3 of LegoNet (Yang et al., ICML 2019).
-
-    Args:
-        shape: sizes of the unit.
-        lego_filters: (m, q, kh, kw).
-        index: (o, n, k) integers in [0, m).
-        coefficients: (o, n, k), or None for all ones.
     """
-    bank = lego_filters.reshape(shape.n_lego, -1)
-    slots = index.reshape(shape.n_fragments, shape.n_terms)
+    bank = unit.lego_filters.reshape(shape.n_lego, -1)
+    slots = unit.index.reshape(shape.n_fragments, shape.n_terms)
     gains = None
-    if coefficients is not None:
-        gains = coefficients.reshape(shape.n_fragments, shape.n_terms)
+    if unit.coefficients is not None:
+        gains = unit.coefficients.reshape(shape.n_fragments, shape.n_terms)
     total = None
     for t in range(shape.n_terms):
         term = bank.index_select(0, slots[:, t])
@@ -61,10 +54,8 @@ def stack(shape: UnitShape, rows: Tensor) -> Tensor:
 
 def split_transform_merge(
     shape: UnitShape,
+    unit: LegoUnit,
     x: Tensor,
-    lego_filters: Tensor,
-    index: Tensor,
-    coefficients: Tensor | None,
     bias: Tensor | None = None,
     stride: tuple[int, ...] = (1, 1),
     padding: str | tuple[int, ...] = (0, 0),
@@ -73,15 +64,13 @@ def split_transform_merge(
     """Convolve (N, c, H, W) with a Lego unit without building its dense filters: (N, n, H', W').
 
     Y[j] = sum_i sum_t coefficients[i, j, t] * conv(X_i, lego_filters)[index[i, j, t]] + bias[j]
-    (LegoNet, eqs. 4 to 6). Plain operators only: every split of every group becomes one more image
-    of one plain conv, then each term is a gather, a product and a sum.
+    (LegoNet, eqs. 4 to 6). It uses plain operators only: one conv with groups = 1, in which every
+    split of every group is one image of the batch, then a gather, a product and a sum per term.
 
     Args:
         shape: sizes of the unit.
+        unit: its filters, index and coefficients.
         x: (N, c, H, W).
-        lego_filters: (m, q, kh, kw).
-        index: (o, n, k) integers in [0, m).
-        coefficients: (o, n, k), or None for all ones.
         bias: (n,) or None.
         stride: of the conv.
         padding: of the conv, zeros; also 'same' and 'valid'.
@@ -93,34 +82,35 @@ def split_transform_merge(
         x = x.reshape(-1, shape.channels, height, width)
         x = F.pad(x, (0, 0, 0, 0, 0, missing))
     parts = x.reshape(-1, shape.width, height, width)
-    z = F.conv2d(parts, lego_filters, None, stride, padding, dilation)
+    z = F.conv2d(parts, unit.lego_filters, None, stride, padding, dilation)
     n_parts = shape.groups * shape.n_split
     z = z.reshape(-1, n_parts * shape.n_lego, z.shape[2], z.shape[3])
-    rows = slot_rows(shape, index)
+    rows = slot_rows(shape, unit.index)
     y = None
     for i in range(shape.n_split):
         for t in range(shape.n_terms):
             term = z.index_select(1, rows[i, :, t])
-            if coefficients is not None:
-                term = term * coefficients[i, :, t].reshape(1, -1, 1, 1)
+            if unit.coefficients is not None:
+                term = term * unit.coefficients[i, :, t].reshape(1, -1, 1, 1)
             y = term if y is None else y + term
     assert y is not None
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
 
-def slot_table(
-    shape: UnitShape, index: Tensor, coefficients: Tensor | None, batch: int
-) -> tuple[Tensor, Tensor | None]:
-    """Which rows of the intermediate map (batch*g*o*m, H'*W') each output sums, with which weights.
+def slot_table(shape: UnitShape, unit: LegoUnit, batch: int) -> tuple[Tensor, Tensor | None]:
+    """For `merge_by_table`: which rows of the intermediate map each output sums, and the weights.
 
-    Two tensors (batch*n, o*k), the second None in the binary form; for `merge_by_table`.
+    The map is (batch*g*o*m, H'*W'). Returns two tensors (batch*n, o*k): row numbers, and weights,
+    which are None in the binary form.
     """
-    rows = slot_rows(shape, index).permute(1, 0, 2).reshape(1, shape.n_out, -1)
-    image = torch.arange(batch, device=index.device) * (shape.groups * shape.n_split * shape.n_lego)
+    rows = slot_rows(shape, unit.index).permute(1, 0, 2).reshape(1, shape.n_out, -1)
+    image = torch.arange(batch, device=unit.index.device) * (
+        shape.groups * shape.n_split * shape.n_lego
+    )
     bags = (rows + image[:, None, None]).reshape(batch * shape.n_out, -1)
-    if coefficients is None:
+    if unit.coefficients is None:
         return bags, None
-    gains = coefficients.permute(1, 0, 2).reshape(shape.n_out, -1)
+    gains = unit.coefficients.permute(1, 0, 2).reshape(shape.n_out, -1)
     return bags, gains.repeat(batch, 1)
 
 
@@ -135,7 +125,7 @@ def merge_by_table(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """As `split_transform_merge`, with the merge as one embedding_bag over a `slot_table`."""
+    """Compute `split_transform_merge` with one embedding_bag over a `slot_table` as the merge."""
     missing = shape.n_split * shape.width - shape.channels
     if missing:
         x = F.pad(x.reshape(-1, shape.channels, *x.shape[2:]), (0, 0, 0, 0, 0, missing))
@@ -149,10 +139,10 @@ def merge_by_table(
 
 
 def slot_rows(shape: UnitShape, index: Tensor) -> Tensor:
-    """Channels (o, n, k) of the intermediate map (N, g*o*m, H', W') that the slots name."""
+    """Channels (o, n, k) of the intermediate map (N, g*o*m, H', W') that the slots use."""
     group = torch.arange(shape.groups, device=index.device)
     split = torch.arange(shape.n_split, device=index.device)
     part = group[None, :] * shape.n_split + split[:, None]
-    # One offset a (split, group), since an exported graph stores them.
+    # One offset per split and group, not per slot: an exported graph stores them.
     by_group = index.reshape(shape.n_split, shape.groups, -1)
     return (by_group + part[:, :, None] * shape.n_lego).reshape(index.shape)

@@ -9,28 +9,32 @@ from legocompress.lego.algebra import slot_rows
 from legocompress.lego.shape import UnitShape
 from legocompress.spec import LegoSpec
 
+STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8}
+SCALE_BITS: dict[str, int] = {"int8": 16}  # for the scale of each int8 filter
+
 
 def used_filters(shape: UnitShape, index: Tensor) -> int:
-    """Count the (group, split, Lego filter) triples that some slot names, of g*o*m in all."""
+    """Count the (group, split, Lego filter) triples that at least one slot uses; at most g*o*m."""
     return int(torch.unique(slot_rows(shape, index)).numel())
 
 
 def dense_params(shape: UnitShape) -> int:
-    """Numbers in the dense weight."""
+    """Number of values in the dense weight."""
     return shape.n_out * shape.channels * shape.kernel[0] * shape.kernel[1]
 
 
 def lego_params(shape: UnitShape, coefficients: bool) -> int:
-    """Trainable numbers of the Lego form: bank and coefficients; the index is none."""
+    """Number of trainable values of the Lego form: bank and coefficients, without the index."""
     return shape.n_filter_values + (shape.n_slots if coefficients else 0)
 
 
 def lego_bits(
     shape: UnitShape, filter_bits: int, coefficient_bits: int, scale_bits: int = 0
 ) -> int:
-    """Ideal size in bits of bank, index and coefficients; 0 coefficient bits is the binary form.
+    """Ideal size in bits of bank, index and coefficients.
 
-    `scale_bits` is what each Lego filter takes beside its values.
+    `coefficient_bits` is 0 for the binary form. `scale_bits` is the size of the scale that each
+    int8 filter has beside its values.
     """
     bank = shape.n_filter_values * filter_bits + shape.n_lego * scale_bits
     return bank + shape.n_slots * (shape.index_bits + coefficient_bits)
@@ -44,15 +48,12 @@ def dense_macs(shape: UnitShape, pixels: int) -> int:
 def lego_macs(shape: UnitShape, pixels: int, used: float = 1.0) -> int:
     """Multiply-accumulates of split, transform and merge for this many output pixels.
 
-    Transform m*c*kh*kw and merge n*o*k a pixel (LegoNet, eq. 17, generalised to g groups, k terms
-    and padded splits); of the transform only the share `used` of its filters, where that is less.
+    Per pixel the transform takes m*c*kh*kw and the merge n*o*k (LegoNet, eq. 17, generalised to g
+    groups, k terms and padded splits). `used` is the share of the filters that the transform
+    computes: a split can skip the filters that none of its slots uses.
     """
     transform = round(used * shape.n_filter_values * shape.groups * shape.n_split)
     return (transform + shape.n_slots) * pixels
-
-
-STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8}
-SCALE_BITS: dict[str, int] = {"int8": 16}  # of the scale that each int8 filter has
 
 
 def unit_bits(shape: UnitShape, spec: LegoSpec) -> int:

@@ -14,6 +14,7 @@ from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.lego.algebra import assemble, split_transform_merge
 from legocompress.lego.proxy import assemble_through, choose, start_proxy
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 from legocompress.spec import FilterDtype, StorageDtype
 
 Route = Literal["assemble", "reference"]
@@ -21,11 +22,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class LegoModule(nn.Module):
-    """What every Lego layer adds to the class of the layer that it replaces.
+    """The mixin that turns a conv or Linear class into a Lego class.
 
-    Its parameters are `lego_filters` (m, q, kh, kw) and `coefficients` (o, n, k; None in the
-    binary form), its buffer is `index` (o, n, k, int64), and `weight` is assembled from them at
-    every read. While the index trains there is also `proxy` (o, n, m), whose top k it is.
+    Parameters: `lego_filters` (m, q, kh, kw) and `coefficients` (o, n, k; None in the binary form).
+    Buffer: `index` (o, n, k, int64). Every read of `weight` assembles the dense weight from them.
+    While the index trains there is also a parameter `proxy` (o, n, m), and the index is its top k.
     """
 
     lego_shape: UnitShape
@@ -42,16 +43,20 @@ class LegoModule(nn.Module):
     _channels_last: bool
 
     @property
+    def lego_unit(self) -> LegoUnit:
+        """The live filters, index and coefficients."""
+        return LegoUnit(self.lego_filters, self.index, self.coefficients)
+
+    @property
     def weight(self) -> Tensor:
-        """The dense weight, in the layout of the class that was replaced; read-only."""
+        """The dense weight, in the layout of the replaced class; read-only."""
         if self.frozen_weight is not None:
             return self.frozen_weight
         self.settle()
-        unit = (self.index, self.coefficients)
         if self.proxy is None:
-            filters = assemble(self.lego_shape, self.lego_filters, *unit)
+            filters = assemble(self.lego_shape, self.lego_unit)
         else:
-            filters = assemble_through(self.lego_shape, self.lego_filters, self.proxy, *unit)
+            filters = assemble_through(self.lego_shape, self.lego_unit, self.proxy)
         if isinstance(self, nn.Linear):
             return filters.flatten(1)
         if self._channels_last:
@@ -80,7 +85,7 @@ class LegoModule(nn.Module):
         self._route = route
 
     def routes(self) -> tuple[Route, ...]:
-        """The routes of this layer; a class with a forward of its own has 'assemble' alone."""
+        """The routes of this layer; a class that overrides forward has 'assemble' alone."""
         forward = getattr(replaced_class(self), "forward", None)
         known = (nn.Conv2d.forward, Conv2dSame.forward, nn.Linear.forward)
         return ("assemble", "reference") if forward in known else ("assemble",)
@@ -92,9 +97,9 @@ class LegoModule(nn.Module):
         return self._reference(input)
 
     def _reference(self, x: Tensor) -> Tensor:
-        unit = (self.lego_filters, self.index, self.coefficients, self.bias)
         if isinstance(self, nn.Linear):
-            y = split_transform_merge(self.lego_shape, x.reshape(-1, x.shape[-1], 1, 1), *unit)
+            pixels = x.reshape(-1, x.shape[-1], 1, 1)
+            y = split_transform_merge(self.lego_shape, self.lego_unit, pixels, self.bias)
             return y.reshape(*x.shape[:-1], self.lego_shape.n_out)
         assert isinstance(self, nn.Conv2d)
         padding: Any = self.padding
@@ -103,12 +108,13 @@ class LegoModule(nn.Module):
         elif self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        # A traced input has no number of axes to ask for; it is taken as a batch.
+        # A traced input does not tell its number of axes; assume a batch.
         batched = isinstance(x, torch.fx.Proxy) or x.dim() == 4
         y = split_transform_merge(
             self.lego_shape,
+            self.lego_unit,
             x if batched else x[None],
-            *unit,
+            self.bias,
             self.stride,
             padding,
             self.dilation,
@@ -116,12 +122,11 @@ class LegoModule(nn.Module):
         return y if batched else y[0]
 
     def train_index(self) -> None:
-        """Give the layer a proxy N that chooses what the index holds now, so that it can learn.
+        """Add a proxy N that chooses what the index holds now, so that the index can train.
 
         Raises:
-            ConversionError: a slot names one Lego filter twice, which no top k can.
+            ConversionError: a slot uses one Lego filter twice, which a top k cannot express.
         """
-        unit = (self.lego_filters.detach(), self.index, self.coefficients)
         if self.lego_shape.n_lego > self.lego_shape.n_terms and self.proxy is None:
             ordered = self.index.sort(2).values
             if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
@@ -130,31 +135,30 @@ class LegoModule(nn.Module):
                     "index cannot learn; fine-tune with 'indices: frozen', or convert with k=1"
                 )
             with torch.no_grad():
-                self.proxy = nn.Parameter(start_proxy(self.lego_shape, *unit))
+                self.proxy = nn.Parameter(start_proxy(self.lego_shape, self.lego_unit))
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Bring the index, and the coefficients of what is new in it, up to date with N."""
+        """Set the index to the top k of N, and compute the coefficients of terms that are new."""
         if self.proxy is None:
             return
-        unit = (self.lego_filters, self.proxy, self.index, self.coefficients)
-        index, coefficients = choose(self.lego_shape, *unit)
+        index, coefficients = choose(self.lego_shape, self.lego_unit, self.proxy)
         self.index.copy_(index)
         if self.coefficients is not None and coefficients is not None:
             self.coefficients.copy_(coefficients)
 
     def freeze_index(self) -> None:
-        """Let go of N; the index stays what N chose last."""
+        """Remove N; the index keeps what N chose last."""
         self.settle()
         self.proxy = None
 
     def freeze(self) -> None:
-        """Assemble the weight once and keep it, for inference; thawed by train() and by loading."""
+        """Assemble the weight once and cache it; `train()` and loading a state drop the cache."""
         self.frozen_weight = None
         self.frozen_weight = self.weight.detach()
 
     def train(self, mode: bool = True) -> LegoModule:
-        """Set the training flag; training thaws a frozen weight, so that filters can learn."""
+        """Set the training flag; training drops a cached weight, so that the filters can learn."""
         if mode:
             self.frozen_weight = None
         super().train(mode)
@@ -162,7 +166,7 @@ class LegoModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LegoModule:
         frozen, self.frozen_weight = self.frozen_weight is not None, None
-        # Filters of one channel look the same in both layouts, so fn tells on a sample.
+        # Filters of one channel look the same in both layouts, so ask `fn` with a sample.
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
         sample = fn(self.lego_filters.detach().new_empty(2, 2, 2, 2).to(memory_format=layout))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -176,14 +180,14 @@ class LegoModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so a copy is rebuilt from the class that it derives from.
+        # The class exists at run time only, so a copy is rebuilt from its base class.
         return _blank, (replaced_class(self),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
 
     def extra_repr(self) -> str:
-        """The replaced layer's own text and the sizes of the Lego unit."""
+        """The text of the replaced class, and the sizes of the Lego unit."""
         s = self.lego_shape
         unit = f"n_lego={s.n_lego}, n_split={s.n_split}, n_terms={s.n_terms}"
         return f"{super().extra_repr()}, {unit}, route={self._route}"
@@ -193,7 +197,7 @@ _LEGO_CLASSES: dict[type[nn.Module], type[LegoModule]] = {}
 
 
 def lego_class(base: type[nn.Module]) -> type[LegoModule]:
-    """The Lego class that derives from `base`, a Conv2d or Linear class; made once per base."""
+    """Return the Lego class that derives from a Conv2d or Linear class; created once per class."""
     if base not in _LEGO_CLASSES:
         namespace = {"__module__": __name__}
         _LEGO_CLASSES[base] = type(f"Lego{base.__name__}", (LegoModule, base), namespace)
@@ -219,5 +223,5 @@ def is_channels_last(weight: Tensor) -> bool:
 
 
 def lego_modules(model: nn.Module) -> Iterator[tuple[str, LegoModule]]:
-    """Each Lego module of a model once, with its first name, in the model's own order."""
+    """Yield each Lego module of a model once, with its first name, in the order of the model."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LegoModule))

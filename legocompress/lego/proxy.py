@@ -1,7 +1,7 @@
 """The straight-through index: a proxy N whose largest entries name the Lego filters of a slot.
 
-Letters as in unit.py; r = o * n slots. With M the 0/1 mask of the top k entries of a slot's N, the
-slot's fragment is sum_b M[b] C[b] B[b], and the gradient passes straight through the choice:
+Letters as in algebra.py; r = o * n slots. With M the 0/1 mask of the top k entries of a slot's N,
+the slot's fragment is sum_b M[b] C[b] B[b], and the gradient passes straight through the choice:
 dN = dM = C[b] <dF, B[b]> (LegoNet, Yang et al., ICML 2019, eq. 9). C[b] is the coefficient of a
 chosen filter; for any other it is the one with which it would best replace the slot's weakest term,
 the chosen one of smallest N. The binary form has C = 1.
@@ -17,27 +17,21 @@ from torch.autograd.function import once_differentiable
 
 from legocompress.lego.algebra import stack
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 
-MARGIN = 1e-5  # of a slot's largest N: what keeps a chosen filter ahead of its own double
+MARGIN = 1e-5  # share of a slot's largest N by which chosen filters lead over equal ones
 
 
-def start_proxy(
-    shape: UnitShape, lego_filters: Tensor, index: Tensor, coefficients: Tensor | None
-) -> Tensor:
-    """The N (o, n, m) whose top k are `index`, from what each filter would bring to a slot.
+def start_proxy(shape: UnitShape, unit: LegoUnit) -> Tensor:
+    """Compute an N (o, n, m) whose top k is the index of the unit.
 
-    N[b] = C[b] <w, B[b]> - C[b]^2 |B[b]|^2 / 2, where w is the term that b would replace, itself if
-    it is chosen: up to a constant, minus half the squared distance of w and its replacement. Plain
-    gradient descent at some rate then moves N as these distances would move, to first order, if the
-    dense weight were trained at that rate.
-
-    Args:
-        shape: sizes of the unit.
-        lego_filters: (m, q, kh, kw).
-        index: (o, n, k) integers in [0, m), different ones in a slot.
-        coefficients: (o, n, k), or None for all ones.
+    N[b] = C[b] <w, B[b]> - C[b]^2 |B[b]|^2 / 2, where w is the term that filter b would replace, or
+    the term of b where b is chosen already. Up to a constant this is minus half the squared
+    distance between w and its replacement. With this start, plain gradient descent moves N, to
+    first order, as these distances would move if the dense weight were trained at the same rate.
+    The indices of one slot must differ.
     """
-    bank, slots, gains = _flat(shape, lego_filters, index, coefficients)
+    bank, slots, gains = _flatten(shape, unit)
     ones = torch.ones_like(slots, dtype=bank.dtype) if gains is None else gains
     gram = bank @ bank.T
     energy = gram.diagonal()
@@ -53,23 +47,17 @@ def start_proxy(
     )
 
 
-def choose(
-    shape: UnitShape,
-    lego_filters: Tensor,
-    proxy: Tensor,
-    index: Tensor,
-    coefficients: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The index and the coefficients after N has moved: the top k, as (o, n, k) each.
+def choose(shape: UnitShape, unit: LegoUnit, proxy: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return index and coefficients, (o, n, k) each, for the top k of a proxy N that has moved.
 
-    A term that stays keeps its place and its coefficient. A filter that enters takes the place of
+    A filter that stays keeps its place and its coefficient. A filter that enters takes the place of
     one that leaves, with the coefficient that changes the fragment least.
     """
-    bank, slots, gains = _flat(shape, lego_filters, index, coefficients)
+    bank, slots, gains = _flatten(shape, unit)
     top = proxy.reshape(shape.n_fragments, shape.n_lego).topk(shape.n_terms).indices
     same = slots[:, :, None] == top[:, None, :]
     leaves, enters = ~same.any(2), ~same.any(1)
-    # As many leave a slot as enter it; both are brought to the front, and paired.
+    # As many filters leave a slot as enter it: bring both to the front and pair them.
     out = leaves.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     into = enters.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     paired = torch.where(leaves.gather(1, out), top.gather(1, into), slots.gather(1, out))
@@ -77,42 +65,31 @@ def choose(
     if gains is not None:
         entered = bank[chosen]
         alike = (bank[slots] * entered).sum(2) / _positive(entered.square().sum(2))
-        gains = torch.where(leaves, gains * alike, gains).reshape(index.shape)
-    return chosen.reshape(index.shape), gains
+        gains = torch.where(leaves, gains * alike, gains).reshape(unit.index.shape)
+    return chosen.reshape(unit.index.shape), gains
 
 
-def assemble_through(
-    shape: UnitShape,
-    lego_filters: Tensor,
-    proxy: Tensor,
-    index: Tensor,
-    coefficients: Tensor | None,
-) -> Tensor:
-    """Build the dense filters (n, c/g, kh, kw) as `unit.assemble` does, and let N learn.
+def assemble_through(shape: UnitShape, unit: LegoUnit, proxy: Tensor) -> Tensor:
+    """Build the dense filters (n, c/g, kh, kw) as `assemble` does, with gradients for N (o, n, m).
 
-    Args:
-        shape: sizes of the unit.
-        lego_filters: (m, q, kh, kw).
-        proxy: N, (o, n, m).
-        index: (o, n, k), the top k of N.
-        coefficients: (o, n, k), or None for all ones.
+    The index of the unit must be the top k of N.
     """
-    bank, slots, gains = _flat(shape, lego_filters, index, coefficients)
+    bank, slots, gains = _flatten(shape, unit)
     scores = proxy.reshape(shape.n_fragments, shape.n_lego)
     rows: Tensor = _Through.apply(bank, scores, slots, gains)  # type: ignore[no-untyped-call]
     return stack(shape, rows)
 
 
 class _Through(torch.autograd.Function):
-    """Fragments (r, d) of a bank (m, d); one product with the bank gives all of dM."""
+    """Fragments (r, d) of a bank (m, d); the gradient for all of M is one product with the bank."""
 
     @staticmethod
     def forward(
         ctx: Any, bank: Tensor, scores: Tensor, slots: Tensor, gains: Tensor | None
     ) -> Tensor:
-        # Copies, since the next forward pass may choose anew before this one's backward.
-        kept = None if gains is None else gains.clone()
-        ctx.save_for_backward(bank, scores.gather(1, slots), slots.clone(), kept)
+        # Copies, since the next forward pass may change the index before this backward pass.
+        saved_gains = None if gains is None else gains.clone()
+        ctx.save_for_backward(bank, scores.gather(1, slots), slots.clone(), saved_gains)
         rows = bank.new_zeros(len(slots), bank.shape[1])
         for t in range(slots.shape[1]):
             term = bank.index_select(0, slots[:, t])
@@ -134,10 +111,10 @@ class _Through(torch.autograd.Function):
 
 
 def balance_gradient(shape: UnitShape, index: Tensor) -> Tensor:
-    """What the authors' released code adds to dN, per Lego filter (m,): evens out their use.
+    """The balance term that the authors' released code adds to dN, per Lego filter (m,).
 
-    A filter used less than the mean number of times (rounded down) is pulled up by what it lacks,
-    one used more (rounded up) is pushed down by its excess.
+    It evens out how often filters are used: a filter used less than the mean number of times
+    (rounded down) is pulled up by the difference, one used more (rounded up) is pushed down by it.
     """
     slots = index.flatten()
     used = slots.new_zeros(shape.n_lego).scatter_add(0, slots, torch.ones_like(slots))
@@ -147,7 +124,7 @@ def balance_gradient(shape: UnitShape, index: Tensor) -> Tensor:
 
 
 def _entering(bank: Tensor, slots: Tensor, gains: Tensor, weakest: Tensor) -> Tensor:
-    """Coefficients (r, m) with which each filter would best replace the weakest term (r, 1)."""
+    """The best coefficient (r, m) of each filter in place of the weakest term (r, 1) of a slot."""
     gram = bank @ bank.T
     scaled = gram / _positive(gram.diagonal())
     return gains.gather(1, weakest) * scaled[slots.gather(1, weakest)[:, 0]]
@@ -157,9 +134,8 @@ def _positive(energy: Tensor) -> Tensor:
     return energy.clamp(min=torch.finfo(energy.dtype).tiny)
 
 
-def _flat(
-    shape: UnitShape, lego_filters: Tensor, index: Tensor, coefficients: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    slots = index.reshape(shape.n_fragments, shape.n_terms)
-    gains = None if coefficients is None else coefficients.reshape(slots.shape)
-    return lego_filters.reshape(shape.n_lego, -1), slots, gains
+def _flatten(shape: UnitShape, unit: LegoUnit) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The bank (m, d), and index and coefficients (r, k)."""
+    slots = unit.index.reshape(shape.n_fragments, shape.n_terms)
+    gains = None if unit.coefficients is None else unit.coefficients.reshape(slots.shape)
+    return unit.lego_filters.reshape(shape.n_lego, -1), slots, gains

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class UnitShape:
-    """The integer sizes that define one Lego unit; everything else about it is derived.
+    """The integer sizes that define one Lego unit; the properties derive everything else.
 
     A dense weight F has shape (n_out, channels, *kernel), where channels = c / groups.
     """
@@ -27,20 +27,20 @@ class UnitShape:
 
     @property
     def n_fragments(self) -> int:
-        """Fragments of the whole layer: one a (split, output channel)."""
+        """Number of fragments: one per split and output channel."""
         return self.n_split * self.n_out
 
     @property
     def n_slots(self) -> int:
-        """Entries of the index, and of the coefficients."""
+        """Number of entries of the index, and of the coefficients."""
         return self.n_fragments * self.n_terms
 
     @property
     def n_filter_values(self) -> int:
-        """Numbers in the bank of Lego filters."""
+        """Number of values in the bank of Lego filters."""
         return self.n_lego * self.width * self.kernel[0] * self.kernel[1]
 
     @property
     def index_bits(self) -> int:
-        """Bits of one index: ceil(log2(n_lego)), 0 where there is one Lego filter only."""
+        """Bits per index entry: ceil(log2(n_lego)), which is 0 for a single Lego filter."""
         return (self.n_lego - 1).bit_length()

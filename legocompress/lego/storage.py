@@ -17,19 +17,19 @@ TORCH_DTYPES: dict[FilterDtype, torch.dtype] = {
 
 
 def balance_scales(filters: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the gains' magnitude into the filters, by a power of two, so that fp16 holds them."""
+    """Scale filters up and gains down by one power of two, so that every gain fits into fp16."""
     largest = gains.abs().max().double()
     scale = torch.exp2(torch.ceil(torch.log2(largest))) if largest > 0 else torch.ones(())
     return (filters.double() * scale).to(filters.dtype), (gains.double() / scale).to(gains.dtype)
 
 
 def round_to_storage(values: Tensor, dtype: FilterDtype) -> Tensor:
-    """Round to what `dtype` can store, in the tensor's own dtype; finite values stay finite.
+    """Round values to what `dtype` can store; the result keeps the dtype of `values`.
 
-    int8 has a scale for each entry of the first axis: a Lego filter.
+    Finite values stay finite. int8 uses one scale per entry of the first axis, that is, per filter.
     """
     if dtype == "int8":
-        # Where memory has few digits too, the second rounding is the one that changes no more.
+        # With values in fp16 or bf16 the first result may round once more; the second is stable.
         once = dequantize_filters(*quantize_filters(values), values.dtype)
         return dequantize_filters(*quantize_filters(once), values.dtype)
     storage = TORCH_DTYPES[dtype]
@@ -39,7 +39,7 @@ def round_to_storage(values: Tensor, dtype: FilterDtype) -> Tensor:
 
 @torch.no_grad()
 def round_(model: ModelT) -> ModelT:
-    """Round every Lego module's filters and coefficients to what the checkpoint stores."""
+    """Round the filters and coefficients of every Lego module to their storage dtypes, in place."""
     for _, module in lego_modules(model):
         module.lego_filters.copy_(round_to_storage(module.lego_filters, module.storage_dtype))
         if module.coefficients is not None:
@@ -50,10 +50,10 @@ def round_(model: ModelT) -> ModelT:
 
 
 def quantize_filters(filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Filters (m, ...) as int8 values in [-127, 127] and symmetric bf16 scales (m,).
+    """Turn filters (m, ...) into int8 values in [-127, 127] and symmetric bf16 scales (m,).
 
-    The largest value of a filter is always 127 scales: bf16 rounds a scale by at most 2^-9. So
-    what was rounded once is rounded to itself.
+    The largest value of a filter always becomes 127, since bf16 rounds a scale by at most 2^-9.
+    Therefore rounding a second time changes nothing.
     """
     exact = filters.detach().to(torch.float64)
     limit = exact.abs().reshape(len(filters), -1).amax(1)

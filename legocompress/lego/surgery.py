@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -17,30 +18,27 @@ from legocompress.lego.module import (
     replaced_class,
 )
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 from legocompress.spec import FilterDtype, StorageDtype
 
 
 def become_lego_(
     layer: nn.Conv2d | nn.Linear,
     shape: UnitShape,
-    lego_filters: Tensor,
-    index: Tensor,
-    coefficients: Tensor | None,
+    unit: LegoUnit,
     storage_dtype: FilterDtype = "fp32",
     coefficients_dtype: StorageDtype = "fp16",
 ) -> LegoModule:
     """Turn a conv or Linear into a Lego module, in place.
 
-    The object stays the same, so whoever holds it (a second name, a hook, a list) sees the
-    change, and everything but the weight is kept: stride, padding, bias,
-    hooks, training flag, requires_grad.
+    The object stays the same, so every reference to it (a second name, a hook, a list) sees the
+    change. Everything but the weight is kept: stride, padding, bias, hooks, training flag and
+    requires_grad.
 
     Args:
         layer: the conv or Linear, with a plain parameter as its weight.
         shape: sizes of the unit.
-        lego_filters: (m, q, kh, kw).
-        index: (o, n, k) int64 in [0, m).
-        coefficients: (o, n, k), or None for the binary form.
+        unit: its filters, index (int64) and coefficients.
         storage_dtype: what the checkpoint stores the filters as.
         coefficients_dtype: what the checkpoint stores the coefficients as.
     """
@@ -48,17 +46,18 @@ def become_lego_(
     assert weight is not None
 
     def parameter(tensor: Tensor) -> nn.Parameter:
-        kept = tensor.to(device=weight.device, dtype=weight.dtype)
-        return nn.Parameter(kept, requires_grad=weight.requires_grad)
+        moved = tensor.to(device=weight.device, dtype=weight.dtype)
+        return nn.Parameter(moved, requires_grad=weight.requires_grad)
 
     layer.__class__ = lego_class(type(layer))  # type: ignore[assignment]
     module: LegoModule = layer  # type: ignore[assignment]
     module._channels_last = is_channels_last(weight)
+    lego_filters = unit.lego_filters
     if module._channels_last:
         lego_filters = lego_filters.contiguous(memory_format=torch.channels_last)
     module.register_parameter("lego_filters", parameter(lego_filters))
-    module.register_buffer("index", index.to(weight.device))
-    gains = None if coefficients is None else parameter(coefficients)
+    module.register_buffer("index", unit.index.to(weight.device))
+    gains = None if unit.coefficients is None else parameter(unit.coefficients)
     module.register_parameter("coefficients", gains)
     module.register_parameter("proxy", None)
     module.register_buffer("frozen_weight", None, persistent=False)
@@ -71,7 +70,7 @@ def become_lego_(
 
 
 def become_dense_(module: LegoModule) -> nn.Conv2d | nn.Linear:
-    """Turn a Lego module back into the layer that it was, with the assembled weight, in place."""
+    """Turn a Lego module back into a layer of its replaced class, with the assembled weight."""
     weight = module.weight.detach().clone(memory_format=torch.preserve_format)
     requires_grad = module.lego_filters.requires_grad
     for name in ("lego_filters", "coefficients", "proxy"):
@@ -91,9 +90,9 @@ def become_dense_(module: LegoModule) -> nn.Conv2d | nn.Linear:
 
 
 def train_indices_(model: ModelT) -> ModelT:
-    """Give every Lego module a proxy N, so that its index learns by the straight-through estimator.
+    """Give every Lego module a proxy N, so that its index trains (straight-through estimator).
 
-    The network's function stays what it is. N goes with `freeze_indices_`.
+    The outputs of the network do not change. `freeze_indices_` removes the proxies again.
     """
     for _, module in lego_modules(model):
         module.train_index()
@@ -101,14 +100,14 @@ def train_indices_(model: ModelT) -> ModelT:
 
 
 def freeze_indices_(model: ModelT) -> ModelT:
-    """Let every proxy N go; the indices stay what N chose last."""
+    """Remove every proxy N; each index keeps what N chose last."""
     for _, module in lego_modules(model):
         module.freeze_index()
     return model
 
 
 def freeze_(model: ModelT) -> ModelT:
-    """Assemble every weight once and keep it: inference at dense speed until the next train()."""
+    """Assemble every weight once and cache it, for inference, until the next call of `train()`."""
     for _, module in lego_modules(model):
         module.freeze()
     return model
@@ -125,12 +124,17 @@ def to_dense_(model: ModelT) -> ModelT:
     return model
 
 
+def to_dense(model: nn.Module) -> nn.Module:
+    """Copy a converted network with every Lego module turned back into an ordinary layer."""
+    return to_dense_(copy.deepcopy(model))
+
+
 class Replacement:
-    """What stands in an instance for a method of its class, until the model goes dense again."""
+    """Base of callables that replace a method on one instance, until `to_dense_` removes them."""
 
 
 class _RefuseFusing(Replacement):
-    """Stands in for a block's own fuse method, which would write to a weight that is not there."""
+    """Replaces the fuse method of a block, which would write to a weight that does not exist."""
 
     def __init__(self, method: str) -> None:
         self.method = method

@@ -27,7 +27,7 @@ from legocompress.models.resolution import explain_unknown_name, list_names, res
 from legocompress.models.weights import load_state_, load_weights_
 from legocompress.state.source import Source
 
-# Arguments of the factories, not of an architecture: none of these may come from a file.
+# Arguments of the library's factory functions. A file must not be able to set any of them.
 FACTORY_ARGS = frozenset(
     [
         "pretrained",
@@ -45,9 +45,9 @@ FACTORY_ARGS = frozenset(
         "dtype",
     ]
 )
-# Detectors whose pretrained form has other norm layers than the one without weights.
+# Detectors that have other norm layers with pretrained weights than without.
 FROZEN_NORMS = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
-# Heads that googlenet and inception_v3 have in training alone.
+# Heads that googlenet and inception_v3 have only while they train.
 AUXILIARY = frozenset(["aux1", "aux2", "AuxLogits"])
 
 
@@ -80,7 +80,7 @@ def create(
     Raises:
         ModelNameError: no library knows the name.
         UsageError: an argument does not fit the architecture.
-        WeightsError: the weights cannot be had, read, or do not fit.
+        WeightsError: the weights cannot be loaded, or do not fit.
     """
     source, cfg = resolve(name)
     args = {"num_classes": num_classes, "in_chans": in_chans, **(model_args or {})}
@@ -90,7 +90,7 @@ def create(
     _check_args(source)
     for what, least in (("num_classes", 0), ("in_chans", 1)):
         if given.get(what, least) < least:
-            raise UsageError(f"{what}={given[what]} cannot be: it is at least {least}")
+            raise UsageError(f"{what}={given[what]} is not allowed; it must be at least {least}")
     check_preprocessing(preprocess or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,7 +116,7 @@ def _check_args(source: Source) -> None:
 def build(source: Source) -> nn.Module:
     """Build a source's architecture without pretrained weights.
 
-    A torchvision network gets a `pretrained_cfg` as timm's have it.
+    A torchvision network gets a `pretrained_cfg` in timm's form.
 
     Raises:
         ModelNameError: the architecture is unknown.
@@ -135,7 +135,7 @@ def build(source: Source) -> nn.Module:
             model = _torchvision(source.architecture, source.model_args)
     except LegoError:
         raise
-    # An architecture may refuse an argument in any way: attributes, divisions, missing modules.
+    # An architecture may refuse an argument with any kind of exception.
     except Exception as error:
         raise UsageError(_unbuildable(source, error)) from error
     return model  # type: ignore[no-any-return]
@@ -157,7 +157,7 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
             origin = name if cfg is not None else source.architecture
             found = None
             if cfg is not None and cfg.get("source") == "local-dir":
-                # Named as a file: older timm reads a folder's safetensors as pickle.
+                # Pass the file itself: older timm reads safetensors in a folder as pickle.
                 origin, found = source.architecture, {**cfg, "source": "", "file": _weights_in(cfg)}
             return timm.create_model(  # type: ignore[no-any-return]
                 origin, pretrained=True, pretrained_cfg=found, **source.model_args
@@ -170,7 +170,7 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
             )
         model = build(source)
         entry = torchvision.models.get_model_weights(source.architecture).DEFAULT
-        with redirect_stdout(StringIO()):  # torch announces the download there, amid our JSON
+        with redirect_stdout(StringIO()):  # torch prints to stdout, where our JSON goes
             state = entry.get_state_dict(progress=False, check_hash=True)
         kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
         load_state_(model, kept, f"torchvision's {entry}")
@@ -179,16 +179,16 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
         raise
     except (TypeError, AttributeError, AssertionError, ArithmeticError) as error:
         raise UsageError(_unbuildable(source, error)) from error
-    # Downloads and files of any kind: errors of the network, safetensors and pickle.
+    # Downloads and files fail in many ways: network, safetensors, pickle.
     except Exception as error:
         raise WeightsError(
-            f"the pretrained weights of {name!r} cannot be had: {first_line(error)}. "
+            f"the pretrained weights of {name!r} cannot be loaded: {first_line(error)}. "
             "Give a local file with --weights FILE, or take random weights with --no-pretrained"
         ) from error
 
 
 def _weights_in(cfg: dict[str, Any]) -> str:
-    """The weights file of a local folder in timm's layout."""
+    """Find the weights file in a local folder of timm's layout."""
     folder = Path(cfg["file"])
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).is_file():
@@ -200,7 +200,7 @@ def _torchvision(name: str, args: dict[str, Any]) -> nn.Module:
     if "in_chans" in args:
         raise UsageError(f"torchvision/{name} takes no in_chans; only timm's models do")
     builder = torchvision.models.get_model_builder(name)
-    # Detectors and segmenters fetch an ImageNet backbone unless told not to.
+    # Detection and segmentation networks download an ImageNet backbone unless told not to.
     backbone = {"weights_backbone": None}
     extra = backbone if "weights_backbone" in inspect.signature(builder).parameters else {}
     model = builder(weights=None, **extra, **args)

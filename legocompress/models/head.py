@@ -1,4 +1,4 @@
-"""A new classifier for a network that is to learn other classes."""
+"""Replace the classifier of a network that will learn other classes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from legocompress.models.source import source_of
 
 
 def reset_classifier_(model: nn.Module, num_classes: int, seed: int = 0) -> nn.Module:
-    """Give a network of timm's or torchvision's a classifier of random weights, in place.
+    """Give a network of timm or torchvision a new classifier with random weights, in place.
 
-    The modules that differ in shape in the same architecture with `num_classes` outputs are taken
-    from there; everything else stays.
+    The same architecture is built with `num_classes` outputs. Modules whose shape differs there are
+    taken from it; everything else stays.
 
     Raises:
         UsageError: the architecture is unknown or takes no num_classes, or the classifier is a
@@ -28,7 +28,7 @@ def reset_classifier_(model: nn.Module, num_classes: int, seed: int = 0) -> nn.M
     """
     source = source_of(model)
     if source.library is None:
-        raise UsageError("a network of your own gets its new classifier in Python, before training")
+        raise UsageError("replace the classifier of your own network in Python, before training")
     source = replace(source, model_args={**source.model_args, "num_classes": num_classes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

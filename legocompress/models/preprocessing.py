@@ -15,7 +15,7 @@ PREPROCESSING = (
 
 
 def adapt_to_channels(cfg: dict[str, Any], channels: int | None) -> dict[str, Any]:
-    """A configuration for images of so many channels; the mean of a grey one is the average."""
+    """Adapt a configuration to a number of channels; mean and std become averages over channels."""
     size = cfg.get("input_size")
     if channels is None or not size or size[0] == channels:
         return cfg
@@ -28,7 +28,10 @@ def adapt_to_channels(cfg: dict[str, Any], channels: int | None) -> dict[str, An
 def fit_preprocessing(
     changes: dict[str, Any], cfg: dict[str, Any], in_chans: int | None
 ) -> dict[str, Any]:
-    """Preprocessing for the network's channels: a size of two numbers, one mean for all of them."""
+    """Complete preprocessing that a user gave for the channels of the network.
+
+    An `input_size` (H, W) gets the channels; a single `mean` or `std` is repeated for each.
+    """
     size = tuple(changes.get("input_size") or cfg.get("input_size") or ())
     channels = size[0] if len(size) == 3 else (cfg.get("input_size") or (in_chans or 3,))[0]
     fitted = dict(changes)
@@ -61,9 +64,9 @@ def check_preprocessing(changes: dict[str, Any]) -> None:
 
 
 def torchvision_cfg(name: str) -> dict[str, Any]:
-    """A timm-like configuration from the transforms of a torchvision weights enum."""
+    """Build a configuration in timm's form from the transforms of a torchvision weights enum."""
     cfg: dict[str, Any] = {"architecture": name}
-    # An enum's last entry need not be its default: RegNets have SWAG weights after it.
+    # The default is not always the last entry of the enum: RegNets have SWAG weights after it.
     entries: Any = torchvision.models.get_model_weights(name)
     transforms: Any = entries.DEFAULT.transforms() if len(entries) else None
     crop = getattr(transforms, "crop_size", None)

@@ -1,4 +1,4 @@
-"""One forward pass that tells in which order the layers run, how often, on maps of what size."""
+"""Run a model once to learn in which order its layers run, how often, and on which sizes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear, CondConv2d)
 class Calls:
     """What one layer did during the pass.
 
-    `pixels` sums, over all calls and images, the positions at which the whole weight is applied, so
-    that a dense layer costs pixels * weight elements multiply-accumulates.
+    `pixels` counts, over all calls and images, the positions at which the whole weight is applied.
+    A dense layer costs pixels * (number of weight elements) multiply-accumulates.
     """
 
     order: int
@@ -32,7 +32,7 @@ class Calls:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode without gradients; every module gets its own flag back."""
+    """Put the model into eval mode without gradients, and restore the flags at the end."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -51,12 +51,12 @@ def probe(
     Args:
         model: any network.
         example_input: a tensor (N, c, H, W) or a tuple of arguments; by default zeros of the size
-            that the model's configuration names, offered as one batch, as a list of images
-            (detectors) and as a pair (optical flow).
+            in the configuration of the model, tried as one batch, as a list of images (detectors)
+            and as a pair (optical flow).
 
     Returns:
-        The calls by layer, the input's shape, and a note if no input was accepted: the calls are
-        then empty, and order and costs are unknown.
+        The calls by layer, the shape of the input, and a note if no input was accepted. In that
+        case there are no calls, and order and costs are unknown.
     """
     if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
         return {}, None, "lazy layers have no weights yet, so costs are unknown: run the model once"
@@ -74,13 +74,13 @@ def probe(
     faults = []
     tried = [(image,), (list(image),), (image, image)]
     if first is not None and first.in_channels != image.shape[1]:
-        # Many in_chans, which the configuration does not tell from a stem that folds space.
+        # The network may have been created with other in_chans than its configuration says.
         tried.append((image.new_zeros(1, first.in_channels, *image.shape[2:]),))
     for args in tried:
         try:
             seen = args[0] if isinstance(args[0], Tensor) else image
             return _run(model, args), tuple(seen.shape), None
-        # A network may refuse an input in any way; that is an answer here, not a failure.
+        # A network may refuse an input with any exception; then the next input is tried.
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
     return (
@@ -94,7 +94,7 @@ def probe(
 
 
 def default_input(model: nn.Module) -> Tensor | None:
-    """One zero image (1, c, H, W) of the size that the model's configuration names, else 224."""
+    """Return one zero image (1, c, H, W), of the size in the model's configuration or else 224."""
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     if reference is None:
         return None
@@ -103,13 +103,13 @@ def default_input(model: nn.Module) -> Tensor | None:
     cfg = model_cfg(model)
     named = cfg.get("test_input_size") if cfg.get("input_size") is None else cfg["input_size"]
     if named:
-        # in_chans may have been changed after the configuration was written; the conv knows.
+        # in_chans may differ from the configuration; the first conv has the right number.
         size = (named[0] if first is None or first.in_channels > 4 else size[0], *named[1:])
     return torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
 
 
 def model_cfg(model: nn.Module) -> dict[str, Any]:
-    """The pretrained_cfg of a model as a dict, as timm keeps it; empty where there is none."""
+    """The `pretrained_cfg` of a model as a dict; empty where there is none."""
     cfg = getattr(model, "pretrained_cfg", None)
     return dict(cfg) if isinstance(cfg, dict) else {}
 
@@ -131,7 +131,7 @@ def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, Calls]:
         if isinstance(module, WEIGHT_LAYERS)
     ]
     try:
-        # Buffers that change in eval mode too (counters, observers) change in a copy.
+        # Run on copies of the buffers, since some change in eval mode too (counters, observers).
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         with evaluating(model):
             functional_call(model, buffers, args)

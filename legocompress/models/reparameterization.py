@@ -10,10 +10,10 @@ from torch import nn
 
 
 def has_training_form(model: nn.Module) -> bool:
-    """Whether blocks of timm's have a deployed form (RepVGG, MobileOne, FastViT, LeViT, ...).
+    """Whether the model has blocks of timm that can be fused (RepVGG, MobileOne, FastViT, ...).
 
-    Classes from elsewhere are left alone: a method called `fuse` may mean anything there. A block
-    that has its `reparam_conv` is deployed already, and FastViT's would fail if asked again.
+    Classes of other libraries are left alone, since a method called `fuse` may mean anything there.
+    A block with a `reparam_conv` is fused already, and FastViT's would fail if fused again.
     """
     methods = ("fuse", "reparameterize", "switch_to_deploy")
     return any(
@@ -25,9 +25,9 @@ def has_training_form(model: nn.Module) -> bool:
 
 
 def fused_copy(model: nn.Module) -> nn.Module:
-    """Copy a network and bring the copy into its deployed form."""
+    """Copy a network and fuse the blocks of the copy."""
     copied = copy.deepcopy(model).eval()
     if any(parameter.is_meta for parameter in copied.parameters()):
-        copied = copied.to_empty(device="cpu")  # fusing computes with the values
-    with torch.random.fork_rng(devices=[]):  # fused layers draw initial weights
+        copied = copied.to_empty(device="cpu")  # fusing computes with values
+    with torch.random.fork_rng(devices=[]):  # fused layers are initialised at random
         return reparameterize_model(copied, inplace=True)  # type: ignore[no-any-return]

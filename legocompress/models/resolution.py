@@ -15,14 +15,16 @@ from legocompress.state.source import Library, Source
 
 
 def resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
-    """Turn a user's model name into a source, and the hub's configuration where it has one."""
+    """Turn a model name into a source, and into the configuration of the hub if it has one."""
     scheme, _, rest = name.partition(":")
     if scheme in ("hf-hub", "hf_hub", "local-dir", "local_dir"):
         load = load_model_config_from_path if scheme.startswith("local") else _hub_config
         try:
             cfg, architecture, args = load(rest)
             if not isinstance(architecture, str) or not isinstance(args or {}, dict):
-                raise ValueError("its architecture is no name, or its model_args are no mapping")
+                raise ValueError(
+                    "its architecture is not a name, or its model_args are not a mapping"
+                )
             cfg = dict(cfg)
         except (ValueError, KeyError, OSError, TypeError, AttributeError, RuntimeError) as error:
             raise WeightsError(
@@ -66,13 +68,13 @@ def explain_unknown_name(name: str, names: list[str]) -> str:
 
 
 def default_args(library: Library, name: str) -> dict[str, Any]:
-    """Arguments that an architecture needs to be rebuilt, or to be convertible at all."""
+    """Arguments that an architecture needs so that it can be rebuilt and converted."""
     if library == "timm" and name.startswith("convnext"):
-        return {"conv_mlp": True}  # its Linears hold 95 % of the parameters; 1x1 convs are the same
+        return {"conv_mlp": True}  # 1x1 convs instead of Linears, which hold 95 % of the parameters
     if library == "torchvision" and name in ("googlenet", "inception_v3"):
         return {"aux_logits": False, "transform_input": True, "init_weights": False}
     if library == "torchvision" and name.startswith(("fcn_", "deeplabv3_")):
-        return {"aux_loss": True}  # as their pretrained weights have it
+        return {"aux_loss": True}  # the pretrained weights have this head
     return {}
 
 

@@ -11,7 +11,11 @@ from legocompress.state.source import Source
 
 
 def source_of(model: nn.Module) -> Source:
-    """What rebuilds `model`: what `create` noted, else what timm noted, else a source of None."""
+    """Return what rebuilds `model`.
+
+    `create` records it on the model. For other models of timm it follows from their configuration;
+    for any other network the library of the source is None.
+    """
     source = getattr(model, "lego_source", None)
     if not isinstance(source, Source):
         architecture = model_cfg(model).get("architecture")
@@ -19,6 +23,6 @@ def source_of(model: nn.Module) -> Source:
             return Source(None, None)
         source = Source("timm", architecture, dict(getattr(model, "_model_args", {})))
     classes = getattr(model, "num_classes", None)
-    if source.library == "timm" and isinstance(classes, int):  # reset_classifier changes it
+    if source.library == "timm" and isinstance(classes, int):  # timm's reset_classifier changes it
         source = replace(source, model_args={**source.model_args, "num_classes": classes})
     return source

@@ -1,4 +1,4 @@
-"""Weights from a state dict, every key and shape checked."""
+"""Load weights from a state dict, and check every key and shape."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from legocompress.errors import WeightsError, first_line
 
 
 def load_weights_(model: nn.Module, path: Path) -> nn.Module:
-    """Load a state dict file into `model`, every key and shape matching.
+    """Load a state dict file into `model`; every key and shape must match.
 
     Raises:
-        WeightsError: the file is missing, unreadable, no plain tensors, or of another network.
+        WeightsError: the file is missing or unreadable, holds more than plain tensors, or does not
+            fit the network.
     """
     if not path.is_file():
         raise WeightsError(f"weights file {str(path)!r} does not exist")
@@ -28,11 +29,13 @@ def load_weights_(model: nn.Module, path: Path) -> nn.Module:
         ) from error
     except Exception as error:  # torch.load raises pickle's own errors for what is not tensors
         raise WeightsError(
-            f"weights file {str(path)!r} holds more than plain tensors, which is refused: "
+            f"weights file {str(path)!r} holds more than plain tensors, which is not allowed: "
             f"{first_line(error)}"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"weights file {str(path)!r} is no state dict: a name to tensor mapping")
+        raise WeightsError(
+            f"weights file {str(path)!r} is not a state dict, which maps names to tensors"
+        )
     load_state_(model, state, f"the weights in {str(path)!r}")
     return model
 
@@ -44,7 +47,7 @@ def load_state_(model: nn.Module, state: dict[str, Tensor], origin: str) -> None
         WeightsError: a tensor is missing, unknown or of another shape.
     """
     own = model.state_dict()
-    # Linear layers built as 1x1 convs (ConvNeXt) have the same numbers in another shape.
+    # Linear layers that are built as 1x1 convs (ConvNeXt) have the same values in another shape.
     fitted = {
         key: value.reshape(own[key].shape)
         if key in own and (*value.shape, 1, 1) == tuple(own[key].shape)
@@ -65,7 +68,7 @@ def load_state_(model: nn.Module, state: dict[str, Tensor], origin: str) -> None
             f"{origin} do not fit {type(model).__name__}: tensors {told}. Name the architecture "
             "that they were saved from, and --num-classes if its classifier is not the default"
         )
-    # Laid over the model's own state, whose version metadata MnasNet would miss.
+    # Update the state of the model, since MnasNet needs its version metadata.
     own.update(fitted)
     model.load_state_dict(own)
 

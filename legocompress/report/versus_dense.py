@@ -15,7 +15,7 @@ from legocompress.deploy.choices import DENSE_ROUTES
 from legocompress.deploy.network import Deployment, deploy_, undeploy_
 from legocompress.deploy.timing import interleaved, settling
 from legocompress.errors import UsageError
-from legocompress.export.dense import to_dense
+from legocompress.lego.surgery import to_dense
 from legocompress.models.probe import default_input
 from legocompress.models.source import source_of
 from legocompress.report.measurement import measure
@@ -112,7 +112,7 @@ def benchmark(
         model: a converted network on the CPU; it is deployed for the batch and threads.
         batch: images a run.
         threads: of the CPU; by default those that torch has now. Torch gets its own number back.
-        against: groups of rivals, see `legocompress.benchmark.rivals`.
+        against: groups of rivals, see `legocompress.report.rivals`.
         rounds: timed runs of each form.
         seconds: no further round starts once the timing has taken this much.
         image: one image (1, c, H, W) for the size; by default as the configuration names it.

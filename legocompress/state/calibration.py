@@ -1,4 +1,4 @@
-"""What a calibration used and did, as the checkpoint keeps it."""
+"""The record of a calibration, as the checkpoint stores it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ class _Record(BaseModel):
 
 
 class LayerRepair(_Record):
-    """Relative error of one layer's output, on held-out images, against the original's output.
+    """The error of the output of one layer on held-out images, before and after its repair.
 
-    The error is ||y - y'|| / ||y|| without bias, each network on its own inputs, before and after
-    the layer's own repair; None with a note where the layer was left as it was.
+    The error is ||y - y'|| / ||y|| without bias, where y comes from the original network and y'
+    from the converted one, each on its own inputs. It is None, with a note, where the layer was
+    skipped.
     """
 
     name: str
@@ -23,7 +24,7 @@ class LayerRepair(_Record):
 
 
 class LabelledCheck(_Record):
-    """Top-1 accuracy in percent on labelled images, which no step of the calibration read."""
+    """Top-1 accuracy in percent on labelled images, which no step of the calibration reads."""
 
     images: int
     original: float
@@ -32,21 +33,21 @@ class LabelledCheck(_Record):
 
 
 class Calibration(_Record):
-    """What a network was calibrated with, and what that did.
+    """What a network was calibrated with, and the effect.
 
-    Errors are relative, ||y - y'|| / ||y|| of the network's outputs; agreement is the percentage of
+    Errors are relative errors ||y - y'|| / ||y|| of the outputs. Agreement is the percentage of
     images with the same first class as the original, None for outputs other than (N, classes).
-    Both are measured on the images that the calibration held out.
+    Both are measured on the held-out images.
 
     Attributes:
-        images: how many, held-out ones included.
+        images: number of images, held-out images included.
         sha256: over the preprocessed images.
-        synthetic: they were made from norm statistics; there were no photos.
-        seed: of all that is random.
-        epochs: of tuning all layers together; 0 where that was left out or did not help.
+        synthetic: the images were made from norm statistics instead of photos.
+        seed: of everything random.
+        epochs: epochs of joint tuning; 0 where it was left out or did not help.
         norms: whether norm statistics were re-estimated.
-        crops: how many of the images are random crops of one photo; 1 for whole photos.
-        accuracy: before and after, where labelled images were given to tell it.
+        crops: random crops per photo; 1 for whole photos.
+        accuracy: before and after, where labelled images were given.
     """
 
     images: int

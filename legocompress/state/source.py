@@ -12,7 +12,7 @@ Library = Literal["timm", "torchvision"]
 class Source:
     """What rebuilds a network without its weights: library, architecture and arguments.
 
-    `library` is None for a network of the user's own. `weights` is prose for the record.
+    `library` is None for a network that no library builds. `weights` is a text for the record.
     """
 
     library: Library | None

@@ -16,8 +16,8 @@ from tests.support.calibrating import Odd, converted
 def test_images_are_mirrored_and_blended() -> None:
     images = torch.arange(64.0).reshape(64, 1, 1, 1).expand(-1, 3, 2, 2).clone()
     images[..., 1] += 1000.0  # tells the sides apart
-    varied = joint._varied(images, torch.Generator().manual_seed(0))
-    again = joint._varied(images, torch.Generator().manual_seed(0))
+    varied = joint._augment(images, torch.Generator().manual_seed(0))
+    again = joint._augment(images, torch.Generator().manual_seed(0))
     assert torch.equal(varied, again)
     sides = (varied[:, 0, 0, 1] - varied[:, 0, 0, 0]) / 1000  # 1 as it was, -1 mirrored
     assert bool((sides.abs() <= 1 + 1e-4).all())

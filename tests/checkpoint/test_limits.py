@@ -58,7 +58,7 @@ def test_an_image_size_is_three_sizes() -> None:
     for good in ({}, {"input_size": None}, {"input_size": [3, 224, 224]}):
         check_input_size(good)
     for bad in ("x", 224, [3, 224], [3, 0, 224], [3, 1e3, 1e3], [3, True, 9], [3, 60000, 60000]):
-        with pytest.raises(CheckpointError, match=r"test_input_size=.* is no image size"):
+        with pytest.raises(CheckpointError, match=r"test_input_size=.* is not an image size"):
             check_input_size({"test_input_size": bad})
 
 

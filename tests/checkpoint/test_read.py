@@ -51,9 +51,9 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 def test_no_folder_at_all(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", "is no compressed folder")
+    refused(tmp_path / "nowhere", "is not a compressed folder")
     (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", "is no compressed folder")
+    refused(tmp_path / "file", "is not a compressed folder")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 9, 100, 0.3, 0.5, 0.9, 0.999, -1])
@@ -141,7 +141,7 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
         (block(layers={}), "."),
         (block(layers={"layer1.0.conv2": 5}), "layers"),
         (block(library="tensorflow"), "library"),
-        (block(library=None), "somebody's own class"),
+        (block(library=None), "a network that no library builds"),
         (block(library=5), "library"),
         (block(reparameterized=1), "reparameterized"),
         (block(weights=None), "weights"),
@@ -160,8 +160,8 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
         (top(architecture="hf-hub:somebody/thing"), "unknown model"),
         (top(architecture="local-dir:/tmp"), "unknown model"),
         (top(architecture="resnet18.no_such_tag"), "cannot be rebuilt"),
-        (top(architecture=5), "somebody's own class|architecture"),
-        (top(architecture=None), "somebody's own class"),
+        (top(architecture=5), "a network that no library builds|architecture"),
+        (top(architecture=None), "a network that no library builds"),
         (top(architecture="resnet50"), "."),
         (top(architecture=""), "."),
         (top(model_args=5), "model_args"),

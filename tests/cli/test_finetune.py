@@ -101,7 +101,7 @@ def test_the_original_that_the_checkpoint_names(run: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["finetune", "nowhere", *USUAL[2:]], 2, "'nowhere' is no compressed folder"),
+        (["finetune", "nowhere", *USUAL[2:]], 2, "'nowhere' is not a compressed folder"),
         ([*USUAL[:2], "--recipe", "no", *USUAL[4:]], 2, "shipped are"),
         ([*USUAL, "--set", "optimizer.lrr=1"], 2, "did you mean 'lr'?"),
         ([*USUAL, "--set", "batch_size=99"], 2, "--set batch_size=20"),

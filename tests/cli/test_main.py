@@ -479,7 +479,7 @@ def test_an_existing_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").write_text("x")
     failed(run("convert", DENSE, "--out", "out"), 2, "'out' exists already", "--force")
     foreign = run("convert", DENSE, "--out", "out", "--force")
-    failed(foreign, 2, "'out' is a folder of something else")
+    failed(foreign, 2, "'out' holds other files")
     assert snapshot(tmp_path) == {"out", "out/precious"}
     (tmp_path / "out" / "precious").unlink()
     for m in (0.5, 0.25):
@@ -499,7 +499,7 @@ def test_a_truncated_folder(run: Run, tmp_path: Path, broken: Path, command: str
 
 def test_what_is_no_compressed_folder(run: Run, tmp_path: Path) -> None:
     for command in ("report", "export"):
-        failed(run(command, "nowhere"), 1, "'nowhere' is no compressed folder")
+        failed(run(command, "nowhere"), 1, "'nowhere' is not a compressed folder")
         failed(run(command, DEMO / "fashion-resnet"), 1, "no compression_config")
     assert snapshot(tmp_path) == set()
 

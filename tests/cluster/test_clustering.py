@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from legocompress.cluster.clustering import Factors, cluster, clusterings
+from legocompress.cluster.clustering import cluster, clusterings
+from legocompress.lego.unit import LegoUnit
 
 FORMS = [(1, True), (1, False), (3, True), (3, False)]
 
@@ -11,14 +12,14 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assemble(factors: Factors) -> Tensor:
+def assemble(factors: LegoUnit) -> Tensor:
     slots = factors.lego_filters.double()[factors.index]
     if factors.coefficients is not None:
         slots = slots * factors.coefficients.double()[:, :, None]
     return slots.sum(1)
 
 
-def error(fragments: Tensor, factors: Factors) -> float:
+def error(fragments: Tensor, factors: LegoUnit) -> float:
     """Relative weight error, safe for values that overflow when squared."""
     scale = fragments.double().abs().max().clamp(min=1e-300)
     left = (fragments.double() - assemble(factors)) / scale

@@ -171,9 +171,9 @@ def test_a_network_in_training_form_is_sized_as_deployed() -> None:
     ("settings", "budget", "said"),
     [
         ({}, {}, "a budget is needed"),
-        ({}, {"max_size": 1.5}, "max_size=1.5 is no share"),
-        ({}, {"max_macs": 0.0}, "max_macs=0 is no share"),
-        ({}, {"max_macs": float("nan")}, "max_macs=nan is no share"),
+        ({}, {"max_size": 1.5}, "max_size=1.5 is not a share"),
+        ({}, {"max_macs": 0.0}, "max_macs=0 is not a share"),
+        ({}, {"max_macs": float("nan")}, "max_macs=nan is not a share"),
         ({}, {"max_size": 0.01}, "max_size=0.01 cannot be met: .* at least 0."),
         ({}, {"max_size": 1.0}, "leaves every layer dense"),
         ({"rules": ("5:m=0.5",)}, {"max_size": 0.5}, "rule '5' sets m or o"),

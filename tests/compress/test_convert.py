@@ -319,7 +319,7 @@ def test_the_noted_error_is_that_of_the_assembled_weight() -> None:
     for name, module in lego_modules(model):
         exact = dense.get_submodule(name).weight.detach().double()
         shape = module.lego_shape
-        weight = assemble(shape, module.lego_filters, module.index, module.coefficients)
+        weight = assemble(shape, module.lego_unit)
         expected = float(((weight - exact).norm() / exact.norm()).detach())
         assert module.weight_error == pytest.approx(expected, rel=1e-4)
         assert 0 < expected < 1

@@ -294,7 +294,7 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
     assert marker.exists()  # so it runs where pickles are trusted
     marker.unlink()
     (tmp_path / "x.npz").write_bytes(raw)
-    with pytest.raises(DataError, match=r"is no .npz file"):
+    with pytest.raises(DataError, match=r"is not an .npz file"):
         lego.open_images(str(tmp_path / "x.npz"), model())
     assert not marker.exists()
 
@@ -330,7 +330,7 @@ def test_damaged_arrays(tmp_path: Path) -> None:
 def test_one_array_is_no_archive(tmp_path: Path) -> None:
     with (tmp_path / "x.npz").open("wb") as file:
         np.save(file, EIGHT)
-    with pytest.raises(DataError, match=r"is no .npz file"):
+    with pytest.raises(DataError, match=r"is not an .npz file"):
         lego.open_images(str(tmp_path / "x.npz"), model())
 
 
@@ -396,6 +396,9 @@ def test_preprocessing_that_makes_no_sense(tmp_path: Path, cfg: dict[str, Any]) 
 
 def test_a_reader_ends_when_its_process_is_already_gone() -> None:
     # PyTorch's own watch would take the process that adopted the reader for the one to watch.
-    code = "import time; from legocompress.data import _end_with; _end_with(0, 0); time.sleep(60)"
+    code = (
+        "import time; from legocompress.data.loader import _end_with; "
+        "_end_with(0, 0); time.sleep(60)"
+    )
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=40, check=False)
     assert ran.returncode == 1

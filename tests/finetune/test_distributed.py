@@ -30,7 +30,7 @@ import os, sys
 import torch
 torch.set_num_threads(1)
 import legocompress as lego
-from legocompress.conv import lego_modules
+from legocompress.lego.module import lego_modules
 from legocompress.finetune.distributed import from_environment, joined
 from legocompress.finetune.loop import finetune_
 from tests.support.tiny import compressed, recipe

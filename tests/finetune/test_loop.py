@@ -83,7 +83,9 @@ def test_the_first_loss_is_that_of_the_converted_network(images: Path) -> None:
     train_images, validation = lego.open_training(model, found, str(images))
     seen: list[Progress] = []
     finetune_(model, found, train_images, validation, on_step=seen.append)
-    shown = torch.stack([lego.data.preprocessing(twin)[0](i) for i, _ in train_images.dataset])  # type: ignore[attr-defined]
+    shown = torch.stack(
+        [lego.data.images.preprocessing(twin)[0](i) for i, _ in train_images.dataset]
+    )  # type: ignore[attr-defined]
     labels = torch.tensor([label for _, label in train_images.dataset])  # type: ignore[attr-defined]
     with torch.no_grad():
         expected = nn.functional.cross_entropy(twin(shown), labels)

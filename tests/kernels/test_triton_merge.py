@@ -12,14 +12,15 @@ import pytest
 CODE = """
 import torch, torch.nn.functional as F
 from legocompress.kernels.triton_merge import lego_conv2d_triton
-from legocompress.spec import UnitShape
-from legocompress.unit import assemble
+from legocompress.lego.algebra import assemble
+from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 
 torch.manual_seed(0)
 shape = UnitShape(5, 6, (3, 3), 1, 3, 2, 2)
 lego_filters, index = torch.randn(3, 3, 3, 3), torch.randint(0, 3, (2, 5, 2))
 coefficients, bias, x = torch.randn(2, 5, 2), torch.randn(5), torch.randn(2, 6, 18, 17)
-weight = assemble(shape, lego_filters.double(), index, coefficients.double())
+weight = assemble(shape, LegoUnit(lego_filters.double(), index, coefficients.double()))
 acts = {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 for residual in (None, torch.randn(2, 5, 18, 17)):
     for name, act in acts.items():

@@ -17,6 +17,7 @@ from legocompress.lego.costs import (
     used_filters,
 )
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 
 # (n_out, channels, kernel, groups, n_lego, n_split, n_terms)
 SHAPES = [
@@ -31,12 +32,12 @@ SHAPES = [
 ]
 
 
-def unit(shape: UnitShape, coefficients: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def unit(shape: UnitShape, coefficients: bool) -> LegoUnit:
     filters = torch.randn(shape.n_lego, shape.width, *shape.kernel, dtype=torch.float64)
     slots = (shape.n_split, shape.n_out, shape.n_terms)
     index = torch.randint(shape.n_lego, slots)
     gains = torch.randn(slots, dtype=torch.float64) if coefficients else None
-    return filters, index, gains
+    return LegoUnit(filters, index, gains)
 
 
 def gain(gains: Tensor | None, i: int, j: int, t: int) -> float:
@@ -77,7 +78,7 @@ def slow_merge(
 def test_assemble_equals_the_double_loop(shape: UnitShape, coefficients: bool) -> None:
     filters, index, gains = unit(shape, coefficients)
     torch.testing.assert_close(
-        assemble(shape, filters, index, gains),
+        assemble(shape, LegoUnit(filters, index, gains)),
         slow_assemble(shape, filters, index, gains),
         rtol=0,
         atol=1e-14,
@@ -86,7 +87,7 @@ def test_assemble_equals_the_double_loop(shape: UnitShape, coefficients: bool) -
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_an_assembled_weight_is_contiguous(shape: UnitShape) -> None:
-    assert assemble(shape, *unit(shape, True)).is_contiguous()
+    assert assemble(shape, unit(shape, True)).is_contiguous()
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -101,7 +102,7 @@ def test_split_transform_merge_equals_the_double_loop(
     expected = slow_merge(shape, x, filters, index, gains)
     if bias is not None:
         expected = expected + bias[None, :, None, None]
-    actual = split_transform_merge(shape, x, filters, index, gains, bias)
+    actual = split_transform_merge(shape, LegoUnit(filters, index, gains), x, bias)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
@@ -112,7 +113,7 @@ def test_split_transform_merge_takes_stride_padding_and_dilation() -> None:
     dense = slow_assemble(shape, filters, index, gains)
     where = {"stride": (2, 1), "padding": (1, 3), "dilation": (1, 2)}
     torch.testing.assert_close(
-        split_transform_merge(shape, x, filters, index, gains, None, **where),
+        split_transform_merge(shape, LegoUnit(filters, index, gains), x, None, **where),
         F.conv2d(x, dense, None, groups=2, **where),
         rtol=0,
         atol=1e-12,
@@ -142,7 +143,7 @@ def test_a_bank_of_all_fragments_assembles_to_the_weight_itself(
     shape = UnitShape(4, channels, (3, 3), 1, 4 * n_split, n_split, 1)
     bank = fragments(weight, n_split).reshape(shape.n_lego, shape.width, 3, 3)
     index = torch.arange(shape.n_lego).reshape(n_split, 4, 1)
-    assert torch.equal(assemble(shape, bank, index, None), weight)
+    assert torch.equal(assemble(shape, LegoUnit(bank, index, None)), weight)
 
 
 def test_used_filters_counts_each_group_split_and_filter_once() -> None:

@@ -20,6 +20,7 @@ from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, lego_class, lego_modules, replaced_class
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.surgery import become_lego_, freeze_, guard_fusing_, to_dense_
+from legocompress.lego.unit import LegoUnit
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -37,7 +38,7 @@ def lego_(
     filters = torch.randn(n_lego, shape.width, *kernel, dtype=torch.float64)
     index = torch.randint(n_lego, slots)
     gains = torch.randn(slots, dtype=torch.float64) if coefficients else None
-    return become_lego_(layer, shape, filters, index, gains)
+    return become_lego_(layer, shape, LegoUnit(filters, index, gains))
 
 
 def twins(layer: Layer, **unit: Any) -> tuple[Layer, Any]:
@@ -231,9 +232,8 @@ def test_gradients_agree_by_both_routes_and_by_hand(
     def by_hand() -> dict[str, Tensor]:
         leaves = {n: getattr(module, n).detach().clone().requires_grad_() for n in names}
         seen = x.clone().requires_grad_()
-        filters = assemble(
-            module.lego_shape, leaves["lego_filters"], module.index, leaves.get("coefficients")
-        ).reshape(dense.weight.shape)
+        unit = LegoUnit(leaves["lego_filters"], module.index, leaves.get("coefficients"))
+        filters = assemble(module.lego_shape, unit).reshape(dense.weight.shape)
         call = {"weight": filters, "bias": leaves["bias"]}
         (functional_call(dense, call, (seen,)) * probe).sum().backward()
         return {n: leaf.grad for n, leaf in {"x": seen, **leaves}.items() if leaf.grad is not None}
@@ -356,7 +356,7 @@ def test_casting_casts_the_parameters_and_leaves_the_index(dtype: torch.dtype) -
     for value, kept in zip(module.parameters(), exact, strict=True):
         assert torch.equal(value, kept.to(dtype))
     shape = module.lego_shape
-    fresh = assemble(shape, module.lego_filters, module.index, module.coefficients)
+    fresh = assemble(shape, module.lego_unit)
     assert torch.equal(module.weight, fresh)
     tolerance = {torch.float16: 0.05, torch.bfloat16: 0.4, torch.float64: 1e-5}[dtype]
     torch.testing.assert_close(module(x.to(dtype)).float(), before, rtol=0, atol=tolerance)

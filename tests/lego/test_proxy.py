@@ -16,6 +16,7 @@ from legocompress.lego.module import lego_modules
 from legocompress.lego.proxy import assemble_through, balance_gradient, choose, start_proxy
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.surgery import freeze_indices_, train_indices_
+from legocompress.lego.unit import LegoUnit
 
 FORMS = [(1, True), (1, False), (3, True), (3, False)]
 
@@ -38,22 +39,22 @@ def test_the_start_chooses_what_the_index_holds(k: int, coefficients: bool) -> N
     shape, filters, index, gains = unit(k, coefficients)
     filters[3] = -2 * filters[5]  # a double, which the same coefficient would serve as well
     filters[4] = 0
-    proxy = start_proxy(shape, filters, index, gains)
+    proxy = start_proxy(shape, LegoUnit(filters, index, gains))
     assert proxy.isfinite().all()
     assert same_sets(proxy.topk(k).indices, index)
-    chosen, kept = choose(shape, filters, proxy, index, gains)
+    chosen, kept = choose(shape, LegoUnit(filters, index, gains), proxy)
     assert torch.equal(chosen, index)
     assert gains is None or (kept is not None and torch.equal(kept, gains))
     assert torch.equal(
-        assemble_through(shape, filters, proxy, index, gains),
-        assemble(shape, filters, index, gains),
+        assemble_through(shape, LegoUnit(filters, index, gains), proxy),
+        assemble(shape, LegoUnit(filters, index, gains)),
     )
 
 
 def test_the_start_is_half_the_distance_to_what_would_come_instead() -> None:
     shape, filters, index, gains = unit(1, True)
     assert gains is not None
-    proxy = start_proxy(shape, filters, index, gains)
+    proxy = start_proxy(shape, LegoUnit(filters, index, gains))
     term = gains[0, 4, 0] * filters[index[0, 4, 0]].flatten()
     for b, filter in enumerate(filters.flatten(1)):
         best = (term @ filter) / (filter @ filter)
@@ -66,13 +67,13 @@ def test_the_start_is_half_the_distance_to_what_would_come_instead() -> None:
 def test_gradients_are_those_of_the_dense_relaxation(k: int, coefficients: bool) -> None:
     shape, filters, index, gains = unit(k, coefficients)
     filters.requires_grad_()
-    proxy = start_proxy(shape, filters.detach(), index, gains).requires_grad_()
+    proxy = start_proxy(shape, LegoUnit(filters.detach(), index, gains)).requires_grad_()
     if gains is not None:
         gains.requires_grad_()
     cotangent = torch.randn(10, 5, 3, 2, dtype=torch.float64)
     wanted = [t for t in (filters, proxy, gains) if t is not None]
     through = torch.autograd.grad(
-        assemble_through(shape, filters, proxy, index, gains), wanted, cotangent
+        assemble_through(shape, LegoUnit(filters, index, gains), proxy), wanted, cotangent
     )
 
     # The relaxation: a dense mask M times candidate coefficients C, both free.
@@ -104,13 +105,13 @@ def test_gradients_are_those_of_the_dense_relaxation(k: int, coefficients: bool)
 def test_a_filter_that_enters_takes_the_place_of_the_one_that_leaves() -> None:
     shape, filters, index, gains = unit(3, True)
     assert gains is not None
-    proxy = start_proxy(shape, filters, index, gains)
+    proxy = start_proxy(shape, LegoUnit(filters, index, gains))
     slot = index[1, 2]
     leaver = int(slot[proxy[1, 2, slot].argmin()])
     place = int((slot == leaver).nonzero())
     newcomer = next(b for b in range(7) if b not in slot)
     proxy[1, 2, newcomer] = proxy.max() + 1
-    chosen, kept = choose(shape, filters, proxy, index, gains)
+    chosen, kept = choose(shape, LegoUnit(filters, index, gains), proxy)
     expected = index.clone()
     expected[1, 2, place] = newcomer
     assert torch.equal(chosen, expected)
@@ -124,7 +125,7 @@ def test_a_filter_that_enters_takes_the_place_of_the_one_that_leaves() -> None:
 def test_several_may_change_in_a_slot() -> None:
     shape, filters, index, gains = unit(3, True)
     proxy = torch.randn(2, 10, 7, dtype=torch.float64)
-    chosen, _ = choose(shape, filters, proxy, index, gains)
+    chosen, _ = choose(shape, LegoUnit(filters, index, gains), proxy)
     assert same_sets(chosen, proxy.topk(3).indices)
     stayed = (chosen[..., None] == index[:, :, None, :]).any(3)
     assert torch.equal(chosen[stayed], index[stayed])  # in its old place

@@ -14,6 +14,7 @@ from torch import Tensor
 from legocompress import kernels
 from legocompress.lego.algebra import assemble
 from legocompress.lego.shape import UnitShape
+from legocompress.lego.unit import LegoUnit
 
 # SiLU of minus infinity is not a number in PyTorch, and its limit 0 elsewhere.
 SILU_OF = ("silu", math.inf)
@@ -43,9 +44,8 @@ class Case:
         def double(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.double()
 
-        weight = assemble(
-            self.shape, self.lego_filters.double(), self.index, double(self.coefficients)
-        )
+        unit = LegoUnit(self.lego_filters.double(), self.index, double(self.coefficients))
+        weight = assemble(self.shape, unit)
         conv = (self.stride, self.padding, self.dilation)
         y = F.conv2d(self.x.double(), weight, double(self.bias), *conv, self.shape.groups)
         return ACTIVATIONS[self.activation](y if self.residual is None else y + self.residual)
