@@ -52,7 +52,7 @@ from .progress import progress_bar
     "--seconds",
     type=click.FloatRange(0),
     default=120.0,
-    help="Time after which no new round starts.",
+    help="Seconds after which no new round of timed runs starts.",
 )
 @click.option("--layers", is_flag=True, help="Also show the route and time of each Lego layer.")
 @click.option(

@@ -54,7 +54,7 @@ from .training_display import TrainingDisplay
 @click.option(
     "--num-classes",
     type=click.IntRange(1),
-    help="Replace the classifier by a new one with this many classes.",
+    help="Replace the classifier with a new one for this many classes.",
 )
 @workers_option
 @click.option("--tensorboard", is_flag=True, help="Also write events for TensorBoard.")

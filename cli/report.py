@@ -19,7 +19,7 @@ from .options import device_option, json_option, read_device
     "--repeats",
     type=click.IntRange(0),
     default=0,
-    help="Number of timed runs per form, interleaved with the dense network; 0 measures no time.",
+    help="Number of timed runs per form, interleaved with the dense network; 0 skips timing.",
 )
 @device_option
 @json_option

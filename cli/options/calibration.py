@@ -37,7 +37,7 @@ calibration_options: Callable[[CommandT], CommandT] = combine_options(
         click.option(
             "--labelled",
             metavar="DATA",
-            help="Labelled images to measure accuracy on, before and after; not calibrated on.",
+            help="Labelled images to measure accuracy on before and after, not to calibrate on.",
         ),
         click.option(
             "-b",

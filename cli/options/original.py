@@ -20,7 +20,7 @@ original_options: Callable[[CommandT], CommandT] = combine_options(
         click.option(
             "--original-weights",
             type=click.Path(path_type=Path),
-            help="Weights file of the original network, for the architecture of the folder.",
+            help="Weights file of the original network, whose architecture the folder names.",
         ),
     ]
 )

@@ -25,8 +25,8 @@ def print_calibration(record: Calibration) -> None:
     if record.crops > 1:
         kind += f" ({record.crops} random crops of each photo)"
     click.echo(
-        f"calibrated with {record.images} {kind}; the numbers below are measured on the one in "
-        "five that is held out:"
+        f"calibrated with {record.images} {kind}; output error and agreement on the fifth of them "
+        "that was held out:"
     )
     click.echo(f"{'output error':<20} {record.error_before:>10.3f} -> {record.error_after:>10.3f}")
     if record.agreement_before is not None and record.agreement_after is not None:

@@ -129,8 +129,8 @@ main()
 @pytest.mark.slow
 def test_an_interrupt_leaves_no_files(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", START_WITH_INTERRUPTS, "convert", "resnet50", "--no-pretrained", "--k", "4",
-         "--out", "out"],
+        [sys.executable, "-c", START_WITH_INTERRUPTS, "convert", "resnet50", "--no-pretrained",
+         "--k", "4", "--out", "out"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
