@@ -23,6 +23,7 @@ def repaired() -> tuple[nn.Module, nn.Module, lego.Calibration]:
     return student, original, record
 
 
+@pytest.mark.slow
 def test_a_broken_network_does_again_what_the_original_does(
     repaired: tuple[nn.Module, nn.Module, lego.Calibration],
 ) -> None:

@@ -11,6 +11,7 @@ from legocompress.calibrate.calibration import FEWEST
 from tests.support.calibrating import Odd, converted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("coefficients", "k"), [(True, 1), (True, 2), (False, 1)])
 def test_every_kind_of_layer_gets_no_worse(coefficients: bool, k: int) -> None:
     original = Odd().eval()

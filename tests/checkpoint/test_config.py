@@ -76,6 +76,7 @@ def test_a_classifier_that_was_reset_is_rebuilt(tmp_path: Path) -> None:
     assert torch.equal(lego.load(tmp_path / "a")(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_network_from_a_folder_is_rebuilt_with_its_classes(tmp_path: Path) -> None:
     own = timm.create_model("convnext_atto", num_classes=7)
     timm.models.save_for_hf(own, tmp_path / "hub", safe_serialization=True)

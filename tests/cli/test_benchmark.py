@@ -32,6 +32,7 @@ def run(*words: object) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_tables_and_saved_choices(folder: Path) -> None:
     ran = run(folder, "--batch", 1, 2, "--threads", 1, "--against", "dense", "torchvision",
               "--img-size", 32, "--rounds", 2, "--layers", "--save")  # fmt: skip
@@ -44,6 +45,7 @@ def test_tables_and_saved_choices(folder: Path) -> None:
     assert shapes == [(1, 3, 32, 32), (2, 3, 32, 32)]
 
 
+@pytest.mark.slow
 def test_json_holds_what_the_library_measures(folder: Path) -> None:
     before = (folder / "config.json").read_bytes()
     ran = run(

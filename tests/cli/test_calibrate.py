@@ -13,6 +13,7 @@ import legocompress as lego
 from tests.support.command_line import DEMO, DENSE, PHOTOS, SAMPLE, Run, check_error
 
 
+@pytest.mark.slow
 def test_calibration_repairs_and_is_reported(
     run: Run, tmp_path: Path, compressed_folder: Path
 ) -> None:
@@ -31,6 +32,7 @@ def test_calibration_repairs_and_is_reported(
     assert json.loads(run("report", compressed_folder, "--json").out)["calibration"] is None
 
 
+@pytest.mark.slow
 def test_calibration_measures_accuracy_on_labelled_images(
     run: Run, tmp_path: Path, compressed_folder: Path
 ) -> None:
@@ -48,6 +50,7 @@ def test_calibration_measures_accuracy_on_labelled_images(
     check_error(run(*words, "--labelled", PHOTOS, "--out", tmp_path / "other"), 2, "no labels")
 
 
+@pytest.mark.slow
 def test_convert_can_calibrate(run: Run, tmp_path: Path) -> None:
     words = ["convert", DENSE, "--images", 20, "--epochs", 0, "--only", "layer1.*", "--json"]
     records = {}
@@ -61,6 +64,7 @@ def test_convert_can_calibrate(run: Run, tmp_path: Path) -> None:
     assert records[PHOTOS]["sha256"] != records["synthetic"]["sha256"]
 
 
+@pytest.mark.slow
 def test_crops_of_few_photos(run: Run, tmp_path: Path, compressed_folder: Path) -> None:
     with np.load(PHOTOS) as file:
         np.savez(tmp_path / "few.npz", images=file["images"][:12])
@@ -78,6 +82,7 @@ def test_crops_of_few_photos(run: Run, tmp_path: Path, compressed_folder: Path) 
     check_error(run(*words, tmp_path / "other", "--crops", 3), 2, "--crops takes parts of photos")
 
 
+@pytest.mark.slow
 def test_calibration_needs_an_original_and_images(
     run: Run, tmp_path: Path, compressed_folder: Path
 ) -> None:

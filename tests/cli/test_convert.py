@@ -15,6 +15,7 @@ import legocompress as lego
 from tests.support.command_line import ALL, DEMO, DENSE, SMALL, Run, check_error, list_files
 
 
+@pytest.mark.slow
 def test_convert_writes_what_the_library_writes(
     run: Run, tmp_path: Path, compressed_folder: Path
 ) -> None:
@@ -30,6 +31,7 @@ def test_convert_writes_what_the_library_writes(
     assert list_files(tmp_path) == {"out", "out/config.json", "out/model.safetensors"}
 
 
+@pytest.mark.slow
 def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None:
     ran = run("convert", *SMALL, "--m", 0.5, ALL, "--json", "--seed", 3)
     assert (ran.code, ran.err) == (0, "")
@@ -44,6 +46,7 @@ def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None
     assert model.lego_source.weights == "random, seed 3"
 
 
+@pytest.mark.slow
 def test_options_reach_the_spec(run: Run, tmp_path: Path) -> None:
     ran = run("convert", *SMALL, "--m", 0.75, "--o", 4, "--k", 3, "--binary", "--dtype", "bf16",
               "--rule", "layer2.*:m=0.5,o=2", "--skip", "layer1.*", "--only", "re:layer.*",
@@ -80,6 +83,7 @@ def test_inspect_and_dry_run_write_nothing(run: Run, tmp_path: Path, command: li
     assert (printed["other_params"], printed["other_bits"]) == (plan.other_params, plan.other_bits)
 
 
+@pytest.mark.slow
 def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
     words = [DENSE, "--max-size", 0.6, "--max-macs", 0.8]
     ran = run("convert", *words, "--only", "layer1.*", "--only", "layer4.*", "--json")
@@ -98,6 +102,7 @@ def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
     assert "skipped by name" in inspected.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -114,6 +119,7 @@ def test_budgets_that_cannot_be_used(run: Run, words: list[object], message: str
     check_error(ran, ran.code, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "convert"])
 @pytest.mark.parametrize(
     ("words", "code", "message"),
@@ -177,6 +183,7 @@ def test_weights_that_are_not_finite(run: Run, tmp_path: Path, value: float) -> 
     assert list_files(tmp_path) == {"bad.safetensors"}
 
 
+@pytest.mark.slow
 def test_an_existing_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")

@@ -13,6 +13,7 @@ import legocompress as lego
 from tests.support.command_line import DEMO, DENSE, SAMPLE, Run, check_error
 
 
+@pytest.mark.slow
 def test_evaluate_prints_what_the_library_measures(run: Run, compressed_folder: Path) -> None:
     ran = run(
         "evaluate", compressed_folder, "--data", SAMPLE, "--original", DENSE, "-b", 250, "--json"
@@ -30,6 +31,7 @@ def test_evaluate_prints_what_the_library_measures(run: Run, compressed_folder: 
     assert f"(original {expected.original_top1:.2f} %)" in again.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images(run: Run, tmp_path: Path, compressed_folder: Path, workers: int) -> None:
     check_error(
@@ -76,6 +78,7 @@ def test_options_of_a_model_are_not_ignored_for_a_folder(run: Run, compressed_fo
     check_error(ran, 2, "num_classes")
 
 
+@pytest.mark.slow
 def test_the_image_size_alone_can_be_given_for_a_grey_network(run: Run) -> None:
     ran = run("evaluate", DENSE, "--data", SAMPLE, "--img-size", 56, "--json")
     assert (ran.code, ran.err) == (0, "")

@@ -27,6 +27,7 @@ def test_export_is_loaded_by_timm(run: Run, tmp_path: Path, compressed_folder: P
     assert run("export", compressed_folder, "--out", path, "--force").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "name"),
     [
@@ -54,6 +55,7 @@ def test_export_writes_every_kind(
     check_error(run("export", "x", "--to", *words), 2, "exists already", "--force")
 
 
+@pytest.mark.slow
 def test_export_prints_the_difference_of_outputs(run: Run, compressed_folder: Path) -> None:
     ran = run("export", compressed_folder, "--to", "pt2", "--form", "dense", "--out", "here.pt2")
     assert ran.code == 0
@@ -68,8 +70,10 @@ def test_export_refuses_forms_that_a_kind_cannot_hold(
     for kind in ("dense", "timm"):
         words = ("export", compressed_folder, "--to", kind, "--form", "lego")
         check_error(run(*words), 2, "--form is for onnx and pt2")
-    words = ("export", compressed_folder, "--to", "pt2", "--form", "assemble-at-load", "--out", "x")
-    check_error(run(*words), 2, "is for ONNX")
+    ran = run(
+        "export", compressed_folder, "--to", "pt2", "--form", "assemble-at-load", "--out", "x"
+    )
+    check_error(ran, 2, "is for ONNX")
     assert not list(tmp_path.iterdir())
 
 

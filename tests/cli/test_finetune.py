@@ -26,6 +26,7 @@ def inputs(run: Run, tmp_path: Path) -> None:
 FINETUNE = ["finetune", "net", "--recipe", "r.yaml", "--data-dir", "images.npz"]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_default_options(run: Run) -> None:
     code, out, err = run(*FINETUNE)
     assert code == 0, err
@@ -53,6 +54,7 @@ def test_json_is_the_only_output(run: Run) -> None:
     assert lego.load("x/best").fc.out_features == 5  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_the_original_by_name_and_by_weights(run: Run) -> None:
     from safetensors.torch import save_file
 
@@ -65,6 +67,7 @@ def test_the_original_by_name_and_by_weights(run: Run) -> None:
     assert run(*distils, "--original", "net")[0] == 0
 
 
+@pytest.mark.slow
 def test_the_original_that_the_checkpoint_records(run: Run) -> None:
     """The shipped network: a few updates on its own images, without labels."""
     assert run("convert", DEMO / "fashion-resnet", "--out", "shipped")[0] == 0
@@ -78,6 +81,7 @@ def test_the_original_that_the_checkpoint_records(run: Run) -> None:
     assert lego.load("shipped-ft/last").lego_record.recipe is not None  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

@@ -87,6 +87,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 COMMAND = [sys.executable, "-c", "from legocompress_cli.main import main; main()"]
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_the_process(tmp_path: Path) -> None:
     ran = subprocess.run(
         [*COMMAND, "--debug", "convert", DENSE, "--m", "0"],
@@ -102,6 +103,7 @@ def test_the_exit_code_of_the_process(tmp_path: Path) -> None:
     check_error(Ran(ran.returncode, ran.stdout, ran.stderr), 2, "m=0")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_causes_no_traceback(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "inspect", DENSE],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import legocompress as lego
 from tests.support.command_line import Run
 
 
+@pytest.mark.slow
 def test_report_prints_what_the_library_measures(run: Run, compressed_folder: Path) -> None:
     ran = run("report", compressed_folder)
     assert (ran.code, ran.err) == (0, "")
@@ -25,6 +28,7 @@ def test_report_prints_what_the_library_measures(run: Run, compressed_folder: Pa
     )
 
 
+@pytest.mark.slow
 def test_report_times_the_forms(run: Run, compressed_folder: Path) -> None:
     ran = run("report", compressed_folder, "--repeats", 1)
     assert (ran.code, ran.err) == (0, "")

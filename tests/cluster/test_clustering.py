@@ -130,6 +130,7 @@ def test_several_numbers_of_terms_at_once_are_those_one_by_one(coefficients: boo
                 assert one is other is None or torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_other_seed_differs() -> None:
     # the seed decides how fragments are dealt into blocks, so it shows only with several of them
     x = rows(4100, 4)
@@ -148,6 +149,7 @@ def test_fragments_unchanged_and_no_graph() -> None:
 # --------------------------------------------------------------------------------------- quality
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_better_than_textbook_on_its_best_start(signed: bool, seed: int) -> None:
@@ -168,6 +170,7 @@ def test_optimal_on_a_case_small_enough_to_enumerate() -> None:
     assert float((x - assemble(got)).square().sum()) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_fragments", [300, 4100])
 def test_every_fragment_has_its_nearest_filter(n_fragments: int) -> None:
     x = rows(n_fragments, 9).double()
@@ -179,6 +182,7 @@ def test_every_fragment_has_its_nearest_filter(n_fragments: int) -> None:
     assert int(used.min()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_fragments", [300, 4100])
 def test_every_fragment_has_its_best_filter_and_gain(n_fragments: int) -> None:
     x = rows(n_fragments, 9).double()
@@ -247,6 +251,7 @@ def test_sum_of_planted_pairs_is_found() -> None:
     assert error(x, cluster(x, 12, 2)) < 0.05
 
 
+@pytest.mark.slow
 def test_no_worse_than_scikit_learn() -> None:
     sklearn_cluster = pytest.importorskip("sklearn.cluster")
     x = rows(600, 40) * torch.linspace(0.2, 2, 600)[:, None]
@@ -279,6 +284,7 @@ HARD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize(("n_terms", "coefficients"), FORMS)
 def test_hard_inputs(name: str, n_terms: int, coefficients: bool) -> None:

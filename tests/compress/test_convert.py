@@ -94,6 +94,7 @@ def test_a_bank_of_all_fragments_is_bit_equal(o: int, k: int, coefficients: bool
     assert model(x).std() > 0
 
 
+@pytest.mark.slow
 def test_resnet18_of_grey_images_is_bit_equal_when_exact() -> None:
     model = randomised(timm.create_model("resnet18", pretrained=False, in_chans=1))
     dense, image = copy.deepcopy(model), torch.zeros(1, 1, 32, 32)
@@ -105,6 +106,7 @@ def test_resnet18_of_grey_images_is_bit_equal_when_exact() -> None:
     assert torch.equal(model(x), dense(x))
 
 
+@pytest.mark.slow
 def test_a_training_form_is_bit_equal_to_its_deployed_form_when_exact() -> None:
     model = randomised(timm.create_model("repvgg_a0", pretrained=False))
     deployed = reparameterize_model(copy.deepcopy(model))
@@ -176,6 +178,7 @@ def test_the_same_seed_gives_the_same_bytes(coefficients: bool, k: int) -> None:
     assert same_bytes(first, again)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_bytes_where_chance_plays_a_part() -> None:
     # More than 4,096 fragments are clustered in random blocks; fewer need no chance.
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2100, 1))
@@ -216,6 +219,7 @@ def test_weights_that_are_not_finite_stop_it_before_anything_changes(value: floa
     assert [name for name, _ in lego_modules(rest)] == ["3", "6", "10"]
 
 
+@pytest.mark.slow
 def test_a_training_form_with_bad_weights_is_not_changed_either() -> None:
     model = timm.create_model("repvgg_a0", pretrained=False).train()
     made = plan(model, LegoSpec(only=["stages.0.*"]), torch.zeros(1, 3, 32, 32))
@@ -325,6 +329,7 @@ def test_the_noted_error_is_that_of_the_assembled_weight() -> None:
         assert 0 < expected < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficients", [True, False])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e15, 1e25])
@@ -363,6 +368,7 @@ def test_weights_of_zero_stay_zero() -> None:
     assert all(bool(p.isfinite().all()) for p in layer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_networks_of_other_dtypes_keep_theirs(dtype: torch.dtype, storage: str) -> None:

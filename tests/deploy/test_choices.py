@@ -59,11 +59,12 @@ def hinted(tmp_path: Path) -> Path:
     return lego.save(model, tmp_path / "hinted")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     folder = hinted(tmp_path)
     model = lego.load(folder)
     image = torch.randn(1, 3, 32, 32)
-    (choices,) = model.lego_choices
+    (choices,) = model.lego_choices  # type: ignore[misc]
     lego.deploy_(model, image)
     assert model.lego_deployment.hint_used
     assert model.lego_deployment.choices == choices
@@ -77,6 +78,7 @@ def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     assert lego.load(tmp_path / "again").lego_choices == model.lego_choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -17,6 +17,7 @@ from legocompress.deploy.network import deployed_graph
 from tests.support.deploying import Block, Twice, X, check, conv, converted, relative
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("k", "coefficients"), [(1, True), (1, False), (3, True)])
 @pytest.mark.parametrize("act", [nn.ReLU6, nn.SiLU, nn.Hardswish])
@@ -34,6 +35,7 @@ def test_a_residual_block_is_folded_and_fused(
         assert set(found.choices.routes.values()) <= {"assemble", "table", "reference"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "n_norms"),
     [
@@ -91,6 +93,7 @@ class Sums(nn.Module):
         return F.relu(y) + y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "n_sums"),
     [("add", 1), ("method", 1), ("twice", 0), ("alpha", 0), ("broadcast", 0), ("wider", 0),
@@ -142,7 +145,7 @@ def test_what_changes_its_buffers_is_not_traced() -> None:
             self.register_buffer("count", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
-            self.count += 1
+            self.count += 1  # type: ignore[assignment]
             return self.body(x) * self.count
 
     model = converted(Counting(), X)

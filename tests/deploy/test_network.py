@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import legocompress as lego
-from benchmarks.coverage import source
+from benchmarks.coverage import make_source
 from legocompress import kernels
 from legocompress.errors import UsageError
 from legocompress.models.factory import build
@@ -126,6 +126,7 @@ def test_a_change_is_seen(change: str) -> None:
             assert relative(expected.to(x.dtype), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_copies_exports_and_undeploying() -> None:
     model, expected = deployed()
     twin = copy.deepcopy(model)
@@ -195,7 +196,7 @@ EXACT = {"m": 2.0}
     ],
 )
 def test_networks_compute_the_same(name: str, n_lego: int, n_norms: int) -> None:
-    model = build(source(name))
+    model = build(make_source(name))
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         expected = converted(model, x, **EXACT)(x)
@@ -208,7 +209,7 @@ def test_networks_compute_the_same(name: str, n_lego: int, n_norms: int) -> None
 
 @pytest.mark.slow
 def test_a_detector_is_deployed_in_parts() -> None:
-    model = build(source("torchvision/ssdlite320_mobilenet_v3_large"))
+    model = build(make_source("torchvision/ssdlite320_mobilenet_v3_large"))
     images = [torch.rand(3, 320, 320)]
     with torch.no_grad():
         converted(model, (images,), **EXACT)

@@ -194,7 +194,7 @@ def test_one_process_alone_sums_itself() -> None:
 
 
 def test_processes_meet_where_earlier_ones_have_left_their_words() -> None:
-    store, patience = torch.distributed.HashStore(), timedelta(seconds=20)
+    store, patience = torch.distributed.HashStore(), timedelta(seconds=20)  # type: ignore[attr-defined]
 
     def start(word: str) -> None:
         with ThreadPoolExecutor(3) as pool:

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 import legocompress as lego
+from legocompress.data.images import preprocessing
 from legocompress.errors import (
     DataError,
     LegoError,
@@ -56,6 +57,7 @@ def outputs(model: nn.Module) -> Tensor:
         return model.eval()(torch.randn(4, 1, 16, 16, generator=generator))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "coefficients"), [(1, True), (2, True), (1, False)])
 def test_training_learns_and_stores_what_it_evaluated(
     k: int, coefficients: bool, images: Path, tmp_path: Path
@@ -84,7 +86,7 @@ def test_the_first_loss_is_that_of_the_converted_network(images: Path) -> None:
     seen: list[Progress] = []
     finetune_(model, found, train_images, validation, on_step=seen.append)
     shown = torch.stack(
-        [lego.data.images.preprocessing(twin)[0](i) for i, _ in train_images.dataset]
+        [preprocessing(twin)[0](i) for i, _ in train_images.dataset]  # type: ignore[attr-defined]
     )  # type: ignore[attr-defined]
     labels = torch.tensor([label for _, label in train_images.dataset])  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -114,6 +116,7 @@ def test_nothing_that_trains_is_refused(images: Path) -> None:
         train(compressed(), images, {"stages": [{**FROZEN[0], "rates": rates}]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -144,12 +147,14 @@ def test_every_ingredient_trains(changes: dict[str, Any], images: Path) -> None:
     assert math.isfinite(epochs[0].progress.loss)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_evaluated(images: Path) -> None:
     plain, _ = train(compressed(), images, {})
     averaged, _ = train(compressed(), images, {"ema": {"decay": 0.9, "warmup": False}})
     assert not torch.equal(outputs(plain), outputs(averaged))
 
 
+@pytest.mark.slow
 def test_accumulation_of_parts_is_one_batch(images: Path) -> None:
     """Norms by their running statistics, so that parts do not see each other."""
     frozen = {"norm_stats": "frozen"}
@@ -159,6 +164,7 @@ def test_accumulation_of_parts_is_one_batch(images: Path) -> None:
     assert math.isclose(one[-1].progress.loss, two[-1].progress.loss, rel_tol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_labels_the_original_teaches(tmp_path: Path) -> None:
     images = write_images(tmp_path / "x.npz", labels=False)
     changes = {"stages": [{"epochs": 4}], "distill": {"labels": 0, "logits": 1}}
@@ -171,6 +177,7 @@ def test_without_labels_the_original_teaches(tmp_path: Path) -> None:
         train(compressed(), images, {})
 
 
+@pytest.mark.slow
 def test_labels_that_are_not_read_change_nothing(images: Path, tmp_path: Path) -> None:
     changes = {"stages": ONE, "distill": {"labels": 0, "logits": 1}}
     bare = write_images(tmp_path / "bare.npz", labels=False)
@@ -208,6 +215,7 @@ def test_the_files_of_a_run(images: Path, tmp_path: Path) -> None:
     assert again.lego_record.recipe == noted["recipe"]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(compressed(), images, {"stages": ONE}, out=out)
@@ -250,6 +258,7 @@ def test_a_loss_that_is_no_number_stops(images: Path, tmp_path: Path) -> None:
     assert not (out / "last").exists()
 
 
+@pytest.mark.slow
 def test_the_last_good_checkpoint_stays(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     model = compressed()
@@ -298,6 +307,7 @@ def full_disk(limit: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2_000, 30_000])
 def test_a_full_disk_leaves_the_checkpoint_before(limit: int, images: Path, tmp_path: Path) -> None:
     """The smaller limit stops the network's file, the larger one the state's."""

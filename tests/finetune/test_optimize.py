@@ -143,7 +143,7 @@ def test_an_anchor_draws_n_to_its_start() -> None:
     add_anchor_(model, 0.5)
     torch.testing.assert_close(module.proxy.grad, before)  # it is there
     with torch.no_grad():
-        module.proxy += 1
+        module.proxy += 1  # type: ignore[misc]
     add_anchor_(model, 0.5)
     torch.testing.assert_close(module.proxy.grad, before + 0.5)
 

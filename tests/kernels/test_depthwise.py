@@ -19,6 +19,7 @@ PLAIN: Any = ((1, 1), (1, 1), (1, 1))
 SIZES = [(7, 7), (14, 14), (5, 9), (28, 28), (56, 56), (3, 61), (112, 112), (1, 1), (120, 130)]
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("threads", [1, 2])
 def test_random_depthwise_convs_equal_pytorchs(threads: int) -> None:
@@ -54,12 +55,13 @@ def test_what_is_not_finite_stays_in_its_window() -> None:
     x = torch.randn(1, 2, 20, 20)
     x[0, 1, 3, 4] = torch.nan
     with torch.no_grad():
-        found = kernels.depthwise_conv2d(x, torch.randn(2, 1, 3, 3), None, *PLAIN, "relu")
+        found = kernels.depthwise_conv2d(x, torch.randn(2, 1, 3, 3), None, *PLAIN, "relu")  # type: ignore[call-arg]
     rows, columns = found[0, 1].isnan().nonzero(as_tuple=True)
     assert not found[0, 0].isnan().any()
     assert (set(rows.tolist()), set(columns.tolist())) == ({2, 3, 4}, {3, 4, 5})
 
 
+@pytest.mark.slow
 @compiled
 def test_the_operator() -> None:
     x, weight, bias = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3), torch.randn(6)
@@ -70,7 +72,7 @@ def test_the_operator() -> None:
 
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "relu6")
+            return kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "relu6")  # type: ignore[call-arg]
 
     with torch.no_grad():
         assert torch.equal(torch.export.export(Layer(), (x,)).module()(x), Layer()(x))
@@ -97,4 +99,4 @@ def test_what_it_refuses() -> None:
         with pytest.raises(KernelError):
             kernels.depthwise_conv2d(*wrong, *PLAIN)
     with pytest.raises(KernelError, match="gelu"):
-        kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "gelu")
+        kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "gelu")  # type: ignore[call-arg]

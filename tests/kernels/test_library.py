@@ -45,6 +45,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_can_run_it() -> None:
@@ -54,6 +55,7 @@ def test_a_forked_child_can_run_it() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("isa", ["portable", "avx2", "sse9"])
 def test_an_instruction_set_can_be_asked_for(isa: str) -> None:

@@ -44,7 +44,7 @@ def test_units_that_do_not_fit_are_refused() -> None:
     assert kernels.supports(one.shape, (2, 2), (1, 1), (1, 1), "winograd")
     for stride, dilation in (((2, 1), (1, 1)), ((3, 3), (1, 1)), ((1, 1), (2, 2))):
         assert not kernels.supports(one.shape, stride, (1, 1), dilation, "winograd")
-    for kernel, stride in (((1, 1), 1), ((5, 5), 1), ((2, 2), 2), ((9, 9), 2), ((3, 1), 1)):
+    for kernel, stride in (((1, 1), 1), ((5, 5), 1), ((2, 2), 2), ((9, 9), 2), ((3, 1), 1)):  # type: ignore[assignment]
         shape = UnitShape(8, 6, kernel, 1, 4, 2, 1)
         assert not kernels.supports(shape, (stride, stride), (1, 1), (1, 1), "winograd")
     with pytest.raises(KernelError, match="groups=2"):

@@ -116,6 +116,7 @@ def test_a_converted_timm_folder_keeps_its_preprocessing(tmp_path: Path) -> None
     assert json.dumps(ours) == json.dumps(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize(
     "content",
@@ -314,6 +315,7 @@ def test_pretrained_detectors_with_frozen_norms_are_refused_with_the_way_out() -
         lego.create("torchvision/fcos_resnet50_fpn")
 
 
+@pytest.mark.slow
 def test_offline_says_what_to_do(tmp_path: Path) -> None:
     dead = "http://127.0.0.1:9"
     proxies = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), dead)

@@ -8,6 +8,7 @@ import torch
 from legocompress.report.memory import peak_bytes
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_call() -> None:
     peak = peak_bytes(lambda: torch.ones(20_000_000).sum())
     if peak is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import legocompress as lego
-from benchmarks import speed
+from benchmarks.common import merges
 from legocompress.report import rivals as forms
 from tests.support.benchmarking import network
 
@@ -26,7 +26,7 @@ def test_other_merges_compute_the_same() -> None:
     model = network().eval()
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        merges = dict(speed.other_merges(model, x))
-        assert len(merges) == 3
-        for run in merges.values():
+        merged = dict(merges.list_merges(model, x))
+        assert len(merged) == 3
+        for run in merged.values():
             torch.testing.assert_close(run(), model(x), rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import legocompress as lego
-from benchmarks import speed
+from benchmarks.common import merges, speed_tables
 from legocompress.errors import UsageError
 from legocompress.report import rivals as forms
 from tests.support.benchmarking import IMAGE, network
@@ -20,6 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "COMPILE_SECONDS", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_forms_theory_and_layers_of_one_run() -> None:
     model, threads = network(), torch.get_num_threads()
@@ -57,6 +58,7 @@ def test_forms_theory_and_layers_of_one_run() -> None:
     assert json.loads(json.dumps(run.to_dict()))["ratio"] == run.ratio
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "_scripted", lambda model, x: lambda: model(x) + 1)
@@ -71,12 +73,13 @@ def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert callable(found["eager"])
 
 
+@pytest.mark.slow
 def test_the_table_of_the_script(tmp_path: Path, quick: None) -> None:
     run = lego.benchmark(
-        network(), 1, 1, ("dense",), 2, 60, IMAGE, also=speed.other_merges
+        network(), 1, 1, ("dense",), 2, 60, IMAGE, also=merges.list_merges
     ).to_dict()
-    key = dict(zip(speed.KEY, ("resnet50", "m0.5-o2", 1, 1), strict=True))
-    lines = speed.table([{**key, "run": run}]).splitlines()
+    key = dict(zip(speed_tables.KEY, ("resnet50", "m0.5-o2", 1, 1), strict=True))
+    lines = speed_tables.format_speeds([{**key, "run": run}]).splitlines()
     assert len(lines) == 3
     assert len({line.count("|") for line in lines}) == 1
     assert f"**{run['ratio']:.2f}**" in lines[2]
