@@ -60,7 +60,7 @@ def test_json_holds_what_the_library_measures(folder: Path) -> None:
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no compressed folder"):
+    with pytest.raises(CheckpointError, match="is not a compressed folder"):
         run(tmp_path)
     with pytest.raises(UsageError, match="cores"):
         run(folder, "--threads", 100_000)
