@@ -104,17 +104,10 @@ def finetune(
         "num_classes": num_classes,
         "lego_version": lego.__version__,
     }
-    epochs: list[Epoch] = []
     quiet = as_json or not processes.first
     with joined(processes, torch_device), TrainingDisplay(quiet) as display:
-        write_events = open_event_writer(target) if tensorboard and processes.first else None
-
-        def on_epoch(epoch: Epoch) -> None:
-            epochs.append(epoch)
-            display.show_epoch(epoch)
-            if write_events is not None:
-                write_events(epoch)
-
+        if tensorboard and processes.first:
+            display.write_events = open_event_writer(target)
         lego.finetune_(
             network.to(torch_device),
             recipe,
@@ -128,10 +121,10 @@ def finetune(
             processes,
             workers,
             display.show_step,
-            on_epoch,
+            display.record_epoch,
         )
     if processes.first:
-        _print_result(target, epochs, as_json)
+        _print_result(target, display.epochs, as_json)
 
 
 def _check_compressed_folder(checkpoint: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.progress import TextColumn
 
 from legocompress.finetune.loop import Epoch
@@ -15,10 +17,16 @@ class TrainingDisplay:
 
     Args:
         quiet: show nothing.
+
+    Attributes:
+        epochs: all finished epochs.
+        write_events: called with each finished epoch, if set.
     """
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
+        self.epochs: list[Epoch] = []
+        self.write_events: Callable[[Epoch], None] | None = None
         self.bar = progress_bar(quiet, TextColumn("{task.fields[numbers]}"))
         self.task = self.bar.add_task("epoch 1", total=None, numbers="")
 
@@ -41,10 +49,15 @@ class TrainingDisplay:
             f"{step.changed} indices changed",
         )
 
-    def show_epoch(self, epoch: Epoch) -> None:
-        """Print the numbers of a finished epoch."""
-        if self.quiet:
-            return
+    def record_epoch(self, epoch: Epoch) -> None:
+        """Store a finished epoch, print its numbers and write its events."""
+        self.epochs.append(epoch)
+        if not self.quiet:
+            self._print_epoch(epoch)
+        if self.write_events is not None:
+            self.write_events(epoch)
+
+    def _print_epoch(self, epoch: Epoch) -> None:
         step = epoch.progress
         values = (("top-1", epoch.top1), ("top-5", epoch.top5), ("agreement", epoch.agreement))
         scores = "  ".join(f"{name} {value:.2f} %" for name, value in values if value is not None)
