@@ -148,7 +148,7 @@ def check_real(name: str, device: str) -> list[str]:
     torch.manual_seed(0)
     model = build(make_source(name)).eval()
     randomise_(model)
-    model.lego_source = make_source(name)  # type: ignore[assignment]
+    lego.lego_state(model).source = make_source(name)  # type: ignore[assignment]
     model.to(device)
     args = find_input(model, device)
     planned = lego.plan(model, EXACT, args)

@@ -188,7 +188,7 @@ def run_variant(name: str, seed: int, args: argparse.Namespace) -> None:
         return
     changes = [*variant.changes, f"seed={seed}", *args.set]
     model = open_start(variant, args, seed)
-    is_lego = isinstance(getattr(model, "lego_record", None), ConversionRecord)
+    is_lego = isinstance(lego.lego_state(model).conversion, ConversionRecord)
     if not is_lego:
         layers = list_comparable_stages(model, create_shipped(), torch.zeros(1, 1, 56, 56))
         changes.append(f"distill.layers=[{', '.join(layers)}]" if layers else "distill.features=0")

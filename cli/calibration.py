@@ -118,8 +118,7 @@ def _update_record(
 ) -> lego.Calibration:
     """Change fields of the calibration record, and attach the new record to the network."""
     record = record.model_copy(update=changes)
-    with_record: Any = network
-    with_record.lego_calibration = record
+    lego.lego_state(network).calibration = record
     return record
 
 

@@ -29,7 +29,7 @@ def report(checkpoint: Path, repeats: int, device: str, as_json: bool) -> None:
     model = lego.load(checkpoint).to(read_device(device))
     baseline = lego.to_dense(model) if repeats else None
     result = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
-    record: lego.Calibration | None = getattr(model, "lego_calibration", None)
+    record = lego.lego_state(model).calibration
     if as_json:
         calibration = None if record is None else record.model_dump()
         render.print_json({**result.to_dict(), "calibration": calibration})

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from legocompress.deploy.graph import trace
-from legocompress.deploy.site import ConvSite
+from legocompress.deploy.conv_layer import DeployedConv
+from legocompress.deploy.fusing import fuse_graph
 from legocompress.report.rivals import Form
 
 PAPER = "merge: dense 1x1 conv (paper's code)"
@@ -26,36 +26,37 @@ def list_merges(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Form]]:
     yield "merge: embedding_bag", build_form(model, x, "table")
 
 
-def build_form(model: nn.Module, x: Tensor, route: str | Callable[[ConvSite], object]) -> Form:
+def build_form(model: nn.Module, x: Tensor, route: str | Callable[[DeployedConv], object]) -> Form:
     """The network's deployed graph with every Lego layer on one route or by a function."""
-    graph = trace("", model, (x,))
-    for site in graph.convs:
-        if not site.is_lego:
-            site.prepare("assemble", "nchw", x)
-            site.use("assemble", "nchw")
+    graph = fuse_graph("", model, (x,))
+    for conv in graph.convs:
+        if not conv.is_lego:
+            conv.prepare("assemble", "nchw", x)
+            conv.use("assemble", "nchw")
         elif isinstance(route, str):
-            site.prepare(route, "nchw", x)  # type: ignore[arg-type]
-            site.use(route, "nchw")  # type: ignore[arg-type]
+            conv.prepare(route, "nchw", x)  # type: ignore[arg-type]
+            conv.use(route, "nchw")  # type: ignore[arg-type]
         else:
-            site.run = route(site)  # type: ignore[assignment]
+            conv.run = route(conv)  # type: ignore[assignment]
     for plain in graph.plains:
         plain.route = "kernel"
-    run = graph.runner.forward
+    run = graph.graph_module.forward
     return lambda: run(x)
 
 
-def build_paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
+def build_paper_merge(conv: DeployedConv) -> Callable[[Tensor, Tensor | None, bool], Tensor]:
     """The merge of the paper's code: per split, the Lego filters, then a dense 1x1 conv (n, m)."""
-    shape, filters, index, gains, bias = site.unit
-    geometry = site.geometry
+    folded = conv.folded
+    filters, index, gains = folded.unit
+    shape, bias, geometry = folded.shape, folded.bias, folded.geometry
     matrices = []
     for i in range(shape.n_split):
         matrix = torch.zeros(shape.n_out, shape.n_lego)
         values = torch.ones(index[i].shape) if gains is None else gains[i]
         matrices.append(matrix.scatter_add_(1, index[i], values)[:, :, None, None])
 
-    def run(x: Tensor, residual: Tensor | None, spare: bool) -> Tensor:
-        x, padding = geometry.place(x)
+    def run(x: Tensor, residual: Tensor | None, overwrite: bool) -> Tensor:
+        x, padding = geometry.pad_input(x)
         y = None
         for part, matrix in zip(torch.split(x, shape.width, 1), matrices, strict=True):
             z = F.conv2d(
@@ -68,6 +69,6 @@ def build_paper_merge(site: ConvSite) -> Callable[[Tensor, Tensor | None, bool],
             y += bias[:, None, None]
         if residual is not None:
             y += residual
-        return torch.relu_(y) if site.activation == "relu" else y
+        return torch.relu_(y) if folded.activation == "relu" else y
 
     return run

@@ -24,6 +24,7 @@ from legocompress.lego.surgery import freeze_indices_
 from legocompress.models.factory import create
 from legocompress.models.source import source_of
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,9 @@ def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _note_recipe(model: nn.Module, recipe: Recipe) -> None:
-    record = getattr(model, "lego_record", None)
+    record = lego_state(model).conversion
     if isinstance(record, ConversionRecord):
-        noted: Any = model
-        noted.lego_record = replace(record, recipe=recipe.model_dump(mode="json"))
+        lego_state(model).conversion = replace(record, recipe=recipe.model_dump(mode="json"))
 
 
 def _evaluate(

@@ -22,6 +22,7 @@ from legocompress.report.latency import time_routes
 from legocompress.report.macs import fvcore_macs
 from legocompress.report.results import Latency, LayerReport, Report
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 
 LAYERS: tuple[type[nn.Module], ...] = (LegoModule, *WEIGHT_LAYERS)
 
@@ -43,7 +44,7 @@ def measure(
         repeats: timed runs of each form; 0 times nothing.
     """
     calls, input_shape, note = probe(model, example_input)
-    record = getattr(model, "lego_record", None)
+    record = lego_state(model).conversion
     skipped = record.skipped if isinstance(record, ConversionRecord) else {}
     found: list[tuple[str, nn.Module]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)

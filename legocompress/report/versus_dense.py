@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.choices import DENSE_ROUTES
-from legocompress.deploy.network import Deployment, deploy_, undeploy_
-from legocompress.deploy.timing import interleaved, settling
+from legocompress.deploy import Deployment, deploy_, undeploy_
+from legocompress.deploy.backends import DENSE_ROUTES
+from legocompress.deploy.timing import cool_down_seconds, time_interleaved
 from legocompress.errors import UsageError
 from legocompress.lego.surgery import to_dense
 from legocompress.models.probe import default_input
@@ -22,10 +22,11 @@ from legocompress.report.measurement import measure
 from legocompress.report.memory import peak_bytes
 from legocompress.report.results import LayerReport
 from legocompress.report.rivals import AGAINST, Against, Form, rivals
+from legocompress.state.model_state import lego_state
 
 LEGO = "lego"
-# Threads of a form wait actively after it, on the cores of the next: each has so long to settle.
-SETTLE = 0.1
+# The threads of a form keep spinning after it, on the cores of the next form.
+COOL_DOWN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def benchmark(
     """Deploy a compressed network and time it against the dense network with the same weights.
 
     All forms run in this process, in turns, on the same random images and number of threads. At one
-    thread CPU time is taken, which other processes cannot spoil, else wall clock.
+    thread CPU time is form_times, which other processes cannot spoil, else wall clock.
 
     Args:
         model: a converted network on the CPU; it is deployed for the batch and threads.
@@ -114,10 +115,10 @@ def benchmark(
         threads: of the CPU; by default those that torch has now. Torch gets its own number back.
         against: groups of rivals, see `legocompress.report.rivals`.
         rounds: timed runs of each form.
-        seconds: no further round starts once the timing has taken this much.
+        seconds: no further round starts once the timing has form_times this much.
         image: one image (1, c, H, W) for the size; by default as the configuration names it.
         also: makes further forms of the compressed network, (name, what runs it), for the images;
-            they are timed too, and never taken for the strongest dense form.
+            they are timed too, and never form_times for the strongest dense form.
         on_form: called with the name of each form before it is built.
 
     Raises:
@@ -159,7 +160,7 @@ def _benchmark(
     with torch.no_grad():
         extra = dict(also(undeploy_(model), x)) if also is not None else {}
     deploy_(model, x, remeasure=True)
-    deployment: Deployment = model.lego_deployment  # type: ignore[assignment]
+    deployment: Deployment = lego_state(model).deployment  # type: ignore[assignment]
     forms: dict[str, Form] = {LEGO: lambda: model(x), **extra}
     left_out = {}
     for name, form in rivals(dense, architecture, x, against, told):
@@ -168,10 +169,12 @@ def _benchmark(
         else:
             forms[name] = form
     with torch.no_grad():
-        settle = settling(x.device, SETTLE)
-        taken = interleaved(forms, x.device, rounds, seconds, warm=True, settle=settle)
+        cool_down = cool_down_seconds(x.device, COOL_DOWN_SECONDS)
+        form_times = time_interleaved(
+            forms, x.device, rounds, seconds, warm=True, cool_down=cool_down
+        )
         peaks = {name: _peak(name, form) for name, form in forms.items()}
-    medians = {name: statistics.median(times) for name, times in taken.items()}
+    medians = {name: statistics.median(times) for name, times in form_times.items()}
     rival_names = [name for name in forms if name != LEGO and name not in extra]
     strongest = min(rival_names or [LEGO], key=lambda name: medians[name])
     totals = theory.totals()
@@ -184,13 +187,13 @@ def _benchmark(
         processor=machine.processor,
         instructions=machine.instructions,
         clock="CPU time" if machine.threads == 1 else "wall clock",
-        rounds=min(map(len, taken.values())),
+        rounds=min(map(len, form_times.values())),
         strongest=strongest,
         bound=totals["dense_macs"] / totals["macs"],
         bound_used=totals["dense_macs"] / totals["macs_used_only"],
         forms=tuple(
             _form_time(name, times, medians[strongest], peaks[name])
-            for name, times in taken.items()
+            for name, times in form_times.items()
         ),
         left_out=left_out,
         layers=tuple(_layer_times(deployment, theory.rows)),

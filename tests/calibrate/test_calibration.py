@@ -53,7 +53,7 @@ def test_the_checkpoint_keeps_the_record_and_the_values(
 ) -> None:
     student, _, record = repaired
     again = lego.load(lego.save(student, tmp_path / "folder"))
-    assert again.lego_calibration == record
+    assert lego.lego_state(again).calibration == record
     x = torch.randn(2, 1, 56, 56)
     with torch.no_grad():
         assert torch.equal(again(x), student.eval()(x))

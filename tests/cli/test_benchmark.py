@@ -41,7 +41,7 @@ def test_tables_and_saved_choices(folder: Path) -> None:
                  "left out: torch.compile: no time was given", "layer1.0.conv1", "theory",
                  "the speed of the strongest dense form", "keeps these routes"):  # fmt: skip
         assert text in ran.output, text
-    shapes = [hint.machine.input_shapes[0] for hint in lego.load(folder).lego_choices]
+    shapes = [hint.machine.input_shapes[0] for hint in lego.lego_state(lego.load(folder)).choices]
     assert shapes == [(1, 3, 32, 32), (2, 3, 32, 32)]
 
 

@@ -22,7 +22,7 @@ def test_calibration_repairs_and_is_reported(
     assert (ran.code, ran.err) == (0, "")
     assert "layer1.0.conv1" in ran.out
     assert {path.name for path in tmp_path.iterdir()} == {"out"}  # no journal is left
-    record = lego.load(tmp_path / "out").lego_calibration
+    record = lego.lego_state(lego.load(tmp_path / "out")).calibration
     assert isinstance(record, lego.Calibration)
     assert (record.images, record.synthetic) == (60, False)
     assert record.error_after < record.error_before
@@ -40,7 +40,8 @@ def test_calibration_measures_accuracy_on_labelled_images(
     ran = run(*words, "--labelled", SAMPLE, "--out", tmp_path / "out", "--json")
     assert (ran.code, ran.err) == (0, "")
     accuracy = json.loads(ran.out)["accuracy"]
-    assert lego.load(tmp_path / "out").lego_calibration.accuracy.model_dump() == accuracy
+    record = lego.lego_state(lego.load(tmp_path / "out")).calibration
+    assert record.accuracy.model_dump() == accuracy
     for folder, key in ((compressed_folder, "before"), (tmp_path / "out", "after")):
         evaluation = json.loads(run("evaluate", folder, "--data", SAMPLE, "--json").out)
         assert evaluation["images"] == accuracy["images"]
@@ -74,7 +75,7 @@ def test_crops_of_few_photos(run: Run, tmp_path: Path, compressed_folder: Path) 
     assert "12 images are few: --crops 22 would take" in ran.err
     ran = run(*words, tmp_path / "parts", "--crops", 3)
     assert (ran.code, ran.err) == (0, "")
-    record = lego.load(tmp_path / "parts").lego_calibration
+    record = lego.lego_state(lego.load(tmp_path / "parts")).calibration
     assert (record.images, record.crops) == (36, 3)
     summary = "calibrated with 36 unlabelled images (3 random crops of each photo)"
     assert summary in run("report", tmp_path / "parts").out

@@ -42,8 +42,8 @@ def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None
         assert printed[key] == value, key
     assert printed["skipped"]["conv1"].startswith("stem")
     model: Any = lego.load(tmp_path / "resnet18-lego")
-    assert model.lego_record.seed == 3
-    assert model.lego_source.weights == "random, seed 3"
+    assert lego.lego_state(model).conversion.seed == 3
+    assert lego.lego_state(model).source.weights == "random, seed 3"
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_options_reach_the_spec(run: Run, tmp_path: Path) -> None:
               ALL, "--out", "x")  # fmt: skip
     assert ran.code == 0, ran.err
     model: Any = lego.load(tmp_path / "x")
-    assert model.lego_record.spec == lego.LegoSpec(
+    assert lego.lego_state(model).conversion.spec == lego.LegoSpec(
         m=0.75, o=4, k=3, coefficients=False, dtype="bf16", rules=["layer2.*:m=0.5,o=2"],
         skip=["layer1.*"], only=["re:layer.*"], allow_expansion=True)  # fmt: skip
     layers = dict(lego.lego_modules(model))
@@ -93,7 +93,7 @@ def test_a_budget_sizes_every_layer(run: Run, tmp_path: Path) -> None:
     dense = lego.create(DENSE)
     spec = lego.allocate(dense, requested_spec, max_size=0.6, max_macs=0.8)
     network = lego.load(folder)
-    assert network.lego_record.spec == spec
+    assert lego.lego_state(network).conversion.spec == spec
     totals = lego.measure(network).totals()
     assert totals["bits"] <= 0.6 * totals["dense_bits"]
     assert totals["macs_used_only"] <= 0.8 * totals["dense_macs"]

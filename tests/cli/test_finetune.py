@@ -78,7 +78,7 @@ def test_the_original_that_the_checkpoint_records(run: Run) -> None:
     )  # fmt: skip
     assert code == 0, err
     assert "agreement" in err
-    assert lego.load("shipped-ft/last").lego_record.recipe is not None  # type: ignore[union-attr]
+    assert lego.lego_state(lego.load("shipped-ft/last")).conversion.recipe is not None  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from legocompress.lego.surgery import to_dense_
 from legocompress.models.factory import create
 from legocompress.spec import LegoSpec
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
 
 IMAGE = torch.zeros(1, 3, 12, 12)
@@ -115,8 +116,8 @@ def test_a_training_form_is_bit_equal_to_its_deployed_form_when_exact() -> None:
     model = convert_(model, made)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), deployed(x))
-    assert model.lego_source.reparameterized
-    assert model.lego_source.architecture == "repvgg_a0"
+    assert lego_state(model).source.reparameterized
+    assert lego_state(model).source.architecture == "repvgg_a0"
     block = model.get_submodule("stages.0.0")
     with pytest.raises(DenseOnlyError, match="to_dense"):
         block.reparameterize()
@@ -413,16 +414,16 @@ def test_source_and_record_are_noted() -> None:
     model: Any = small_cnn()
     made = plan(model, LegoSpec(m=0.25, skip=["7"]), IMAGE)
     convert_(model, made, seed=5)
-    assert model.lego_source == Source(None, None)
-    assert model.lego_record == ConversionRecord(made.spec, 5, made.skipped)
-    assert model.lego_record.skipped["7"] == "skipped by name"
+    assert lego_state(model).source == Source(None, None)
+    assert lego_state(model).conversion == ConversionRecord(made.spec, 5, made.skipped)
+    assert lego_state(model).conversion.skipped["7"] == "skipped by name"
 
 
 def test_the_source_of_a_created_model_is_kept() -> None:
     model: Any = create("resnet18", pretrained=False, num_classes=7, in_chans=1, seed=3)
-    noted = model.lego_source
+    noted = lego_state(model).source
     converted(model, image=torch.zeros(1, 1, 32, 32), only=["layer1.*"])
-    assert model.lego_source == noted
+    assert lego_state(model).source == noted
     assert noted.architecture == "resnet18"
     assert not noted.reparameterized
 

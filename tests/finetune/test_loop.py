@@ -212,7 +212,7 @@ def test_the_files_of_a_run(images: Path, tmp_path: Path) -> None:
     assert noted["checkpoint"] == "x"
     assert noted["recipe"] == recipe().model_dump(mode="json")
     again = lego.load(out / "best")
-    assert again.lego_record.recipe == noted["recipe"]  # type: ignore[union-attr]
+    assert lego.lego_state(again).conversion.recipe == noted["recipe"]  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_forms_theory_and_layers_of_one_run() -> None:
     assert {layer.name for layer in run.layers} == {name for name, _ in lego.lego_modules(model)}
     for layer in run.layers:
         assert layer.ratio == pytest.approx(layer.dense_ms / layer.ms)
-        assert layer.route == model.lego_deployment.choices.routes[layer.name]
+        assert layer.route == lego.lego_state(model).deployment.choices.routes[layer.name]
     assert json.loads(json.dumps(run.to_dict()))["ratio"] == run.ratio
 
 

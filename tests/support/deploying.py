@@ -53,7 +53,7 @@ def check(model: nn.Module, *inputs: Tensor, **settings: Any) -> lego.Deployment
     after = model.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    return model.lego_deployment  # type: ignore[return-value]
+    return lego.lego_state(model).deployment  # type: ignore[return-value]
 
 
 class Block(nn.Module):

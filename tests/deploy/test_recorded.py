@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import legocompress as lego
-from legocompress.deploy.taped import MOST_TAPES, Taped
+from legocompress.deploy.recorded import MAX_TAPES, RecordedRun
 from tests.support.deploying import X, check, conv, converted, relative
 from tests.support.kernel_cases import compiled
 
@@ -34,15 +34,15 @@ class Net(nn.Module):
         return y
 
 
-def runs_of(model: nn.Module) -> list[Taped]:
+def runs_of(model: nn.Module) -> list[RecordedRun]:
     graph: Any = model.__dict__["forward"].run.__self__
-    return [module for module in graph.modules() if isinstance(module, Taped)]
+    return [module for module in graph.modules() if isinstance(module, RecordedRun)]
 
 
-def kernels_only(model: nn.Module) -> list[Taped]:
+def kernels_only(model: nn.Module) -> list[RecordedRun]:
     """The model's runs, with each layer on a kernel's route whatever is fastest here."""
     check(model, X, only=("fused", "winograd"), formats=("nchw",))
-    choices = model.lego_deployment.choices
+    choices = lego.lego_state(model).deployment.choices
     plain = {name: "kernel" for name, route in choices.routes.items() if route == "plain"}
     every = choices.model_copy(update={"routes": {**choices.routes, **plain}})
     lego.deploy_(model, X, choices=every)
@@ -69,11 +69,11 @@ def test_each_size_has_a_tape_and_the_oldest_goes() -> None:
     runs = kernels_only(model)
     own = type(model).forward
     with torch.no_grad():
-        for size in range(8, 8 + 2 * MOST_TAPES, 2):
+        for size in range(8, 8 + 2 * MAX_TAPES, 2):
             x = torch.randn(1, 3, size, size + 2)
             for _ in range(2):
                 assert relative(own(model, x), model(x)) < 1e-5
-    assert all(len(run._tapes) == MOST_TAPES for run in runs)
+    assert all(len(run._tapes) == MAX_TAPES for run in runs)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Which routes a deployed network takes, layer by layer, and the machine that they hold for."""
+"""Describe the machine on which routes are timed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from legocompress import kernels
-from legocompress.state.deployment import ConvRoute, Machine, PoolRoute
-
-DENSE_ROUTES: tuple[ConvRoute, ...] = ("assemble", "onednn")
-POOL_ROUTES: tuple[PoolRoute, ...] = ("plain", "kernel")
+from legocompress.state.deployment import Machine
 
 
-def this_machine(inputs: tuple[Tensor, ...]) -> Machine:
-    """The machine, library and sizes that timings with these inputs would hold for."""
+def describe_machine(inputs: tuple[Tensor, ...]) -> Machine:
+    """The machine, threads, library and input sizes on which times taken now depend."""
     device = inputs[0].device
     cuda = device.type == "cuda"
     return Machine(
-        processor=torch.cuda.get_device_name(device) if cuda else _processor(),
+        processor=torch.cuda.get_device_name(device) if cuda else _processor_name(),
         instructions="none" if cuda or not kernels.available() else kernels.isa(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
@@ -29,7 +26,7 @@ def this_machine(inputs: tuple[Tensor, ...]) -> Machine:
     )
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(errors="replace").splitlines():

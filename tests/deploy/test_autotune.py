@@ -9,35 +9,35 @@ import torch
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.graph import trace
-from legocompress.deploy.site import ConvSite
-from legocompress.deploy.tune import _site_times, _Tuner
+from legocompress.deploy.autotune import LayerTuner, time_routes
+from legocompress.deploy.conv_layer import DeployedConv
+from legocompress.deploy.fusing import fuse_graph
 from tests.support.deploying import Twice, conv, converted
 
 
 @torch.no_grad()
-def test_a_spare_residual_is_overwritten_while_timing_in_a_copy(
+def test_while_timing_a_residual_is_overwritten_in_a_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x = torch.randn(1, 3, 9, 11)
-    site = trace("", converted(Twice(keep=False), x), (x,)).convs[2]
+    layer = fuse_graph("", converted(Twice(keep=False), x), (x,)).convs[2]
     calls: list[tuple[int, bool]] = []
-    runner = ConvSite.runner
+    runner = DeployedConv.runner
 
-    def heard(self: ConvSite, *route: Any) -> Any:
-        def run(x: Tensor, residual: Tensor, spare: bool) -> Tensor:
-            calls.append((residual.data_ptr(), spare))
-            return run_it(x, residual, spare)
+    def logging_runner(self: DeployedConv, *route: Any) -> Any:
+        def run(x: Tensor, residual: Tensor, overwrite: bool) -> Tensor:
+            calls.append((residual.data_ptr(), overwrite))
+            return original(x, residual, overwrite)
 
-        run_it = runner(self, *route)
+        original = runner(self, *route)
         return run
 
-    monkeypatch.setattr(ConvSite, "runner", heard)
+    monkeypatch.setattr(DeployedConv, "runner", logging_runner)
     residual = torch.randn(1, 8, 9, 11)
     before = residual.clone()
-    times = _site_times(site, None, "nchw", torch.randn(1, 8, 9, 11), residual, True)
+    times = time_routes(layer, None, "nchw", torch.randn(1, 8, 9, 11), residual, True)
     assert torch.equal(residual, before)
-    timed = [place for place, spare in calls if spare]
+    timed = [address for address, overwrite in calls if overwrite]
     assert len(timed) >= sum(map(len, times.values()))
     assert residual.data_ptr() not in timed
 
@@ -56,10 +56,10 @@ class Pooled(nn.Module):
 
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_on_several_threads_a_plan_leaves_pytorchs_threads_asleep(threads: int) -> None:
+def test_on_several_threads_one_plan_runs_all_plain_layers_by_kernels(threads: int) -> None:
     x = torch.randn(1, 3, 9, 11)
-    graph = trace("", converted(Pooled(), x), (x,))
-    tuner = _Tuner(graph, "nchw", None, None)
+    graph = fuse_graph("", converted(Pooled(), x), (x,))
+    tuner = LayerTuner(graph, "nchw", None, None)
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():

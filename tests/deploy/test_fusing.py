@@ -13,11 +13,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import legocompress as lego
 from legocompress import kernels
-from legocompress.deploy.network import deployed_graph
+from legocompress.deploy import deployed_graph
 from tests.support.deploying import Block, Twice, X, check, conv, converted, relative
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("k", "coefficients"), [(1, True), (1, False), (3, True)])
 @pytest.mark.parametrize("act", [nn.ReLU6, nn.SiLU, nn.Hardswish])
@@ -35,7 +34,6 @@ def test_a_residual_block_is_folded_and_fused(
         assert set(found.choices.routes.values()) <= {"assemble", "table", "reference"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "n_norms"),
     [
@@ -55,7 +53,7 @@ def test_norms_of_every_kind(norm: Any, n_norms: int) -> None:
     else:
         with torch.no_grad():  # such norms know their batch
             expected = model(X)
-            assert lego.deploy_(model, X, seconds=0).lego_deployment.n_norms == 0
+            assert lego.lego_state(lego.deploy_(model, X, seconds=0)).deployment.n_norms == 0
             assert relative(expected, model(X)) < 1e-5
 
 
@@ -93,7 +91,6 @@ class Sums(nn.Module):
         return F.relu(y) + y
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "n_sums"),
     [("add", 1), ("method", 1), ("twice", 0), ("alpha", 0), ("broadcast", 0), ("wider", 0),
@@ -151,7 +148,7 @@ def test_what_changes_its_buffers_is_not_traced() -> None:
     model = converted(Counting(), X)
     before = float(model.count)
     lego.deploy_(model, X, seconds=0)
-    assert "changes its buffers" in model.lego_deployment.notes[0]
+    assert "changes its buffers" in lego.lego_state(model).deployment.notes[0]
     with torch.no_grad():
         assert relative(model.body(X) * (model.count + 1), model(X)) == 0
     assert float(model.count) > before
@@ -163,4 +160,8 @@ def test_residuals_are_overwritten_only_where_nobody_reads_them(keep: bool) -> N
     model = converted(Twice(keep), torch.randn(1, 3, 9, 11))
     assert check(model, torch.randn(1, 3, 9, 11), only=("fused",)).n_sums == 2
     calls = [n for n in deployed_graph(model).graph.nodes if n.op == "call_module"]
-    assert [len(node.args) for node in calls if "sites" in node.target] == [1, 2, 2 if keep else 3]
+    assert [len(node.args) for node in calls if "deployed" in node.target] == [
+        1,
+        2,
+        2 if keep else 3,
+    ]

@@ -1,8 +1,8 @@
-"""A deployed conv of any geometry, by every route, in both formats."""
+"""A deployed conv of any geometry, by every backend, in both memory formats."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress import kernels
+from legocompress.deploy.backends import BACKENDS, DENSE_ROUTES, KERNEL_ROUTES
+from legocompress.state.deployment import ConvRoute
 from tests.support.deploying import Block, check, conv, converted, relative
+
+
+def test_the_table_has_one_backend_for_each_route_name() -> None:
+    assert set(BACKENDS) == set(get_args(ConvRoute))
+    assert all(name == backend.name for name, backend in BACKENDS.items())
+    assert DENSE_ROUTES == ("assemble", "onednn")
+    assert KERNEL_ROUTES == ("fused", "winograd")
 
 
 class Geometry(nn.Module):
@@ -70,7 +79,7 @@ def test_every_route_in_both_formats(route: Any, layout: Any) -> None:
         with torch.no_grad():
             expected = model(x)
             lego.deploy_(model, x, seconds=0)
-            own = model.lego_deployment.choices
+            own = lego.lego_state(model).deployment.choices
             routes = dict.fromkeys(own.routes, route)
             if route == "fused" and isinstance(net, Geometry):  # two have padding by name or mode
                 routes |= {f"layers.{i}": own.routes[f"layers.{i}"] for i in (7,)}
