@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "legocompress"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = sorted((ROOT / "cli").glob("*.py"))
+COMMANDS = sorted((ROOT / "cli").rglob("*.py"))
 
 
 def layer(path: Path) -> str:
@@ -100,7 +100,7 @@ def test_the_wheel_fits_every_python_of_its_platform(wheel: zipfile.ZipFile) -> 
 def test_the_wheel_holds_every_source_and_the_demo(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in SOURCES}
-    expected |= {f"legocompress_cli/{path.name}" for path in COMMANDS}
+    expected |= {f"legocompress_cli/{p.relative_to(ROOT / 'cli').as_posix()}" for p in COMMANDS}
     expected |= {f"legocompress/recipes/{p.name}" for p in (ROOT / "recipes").glob("*.yaml")}
     expected |= {
         "legocompress/py.typed",

@@ -1,4 +1,4 @@
-"""`legocompress benchmark`: what it prints, keeps and refuses."""
+"""`benchmark` on the command line: what it prints, saves and refuses."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def test_tables_and_saved_choices(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_json_is_what_the_library_says(folder: Path) -> None:
+def test_json_holds_what_the_library_measures(folder: Path) -> None:
     before = (folder / "config.json").read_bytes()
     ran = run(
         "--against", "dense", "--img-size", 32, "--rounds", 2, "--threads", 1, folder, "--json"
     )
-    (found,) = json.loads(ran.output)
-    assert found["ratio"] == found["forms"][0]["ratio"]
-    assert found["forms"][0]["form"] == "lego"
-    assert found["strongest"] in [form["form"] for form in found["forms"][1:]]
-    assert len(found["layers"]) == len(list(lego.lego_modules(lego.load(folder))))
+    (printed,) = json.loads(ran.output)
+    assert printed["ratio"] == printed["forms"][0]["ratio"]
+    assert printed["forms"][0]["form"] == "lego"
+    assert printed["strongest"] in [form["form"] for form in printed["forms"][1:]]
+    assert len(printed["layers"]) == len(list(lego.lego_modules(lego.load(folder))))
     assert (folder / "config.json").read_bytes() == before
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no compressed folder"):
+    with pytest.raises(CheckpointError, match="is not a compressed folder"):
         run(tmp_path)
     with pytest.raises(UsageError, match="cores"):
         run(folder, "--threads", 100_000)
