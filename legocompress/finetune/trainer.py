@@ -35,6 +35,7 @@ from legocompress.finetune.optimize import (
     set_rates_,
 )
 from legocompress.finetune.recipe import Recipe
+from legocompress.finetune.safe_convolutions import SafeConvolutions
 from legocompress.finetune.seeding import seed_all, seed_of
 from legocompress.finetune.training_data import TrainingLoader
 from legocompress.probe import evaluating
@@ -198,7 +199,10 @@ class Trainer:
                 torch.cuda.manual_seed(seed_of(*place))
             last = number + 1 == self.recipe.accumulate
             alone = last or self.runs is self.model
-            with contextlib.nullcontext() if alone else _unsynchronised(self.runs):
+            with (
+                contextlib.nullcontext() if alone else _unsynchronised(self.runs),
+                SafeConvolutions() if self.device.type == "cpu" else contextlib.nullcontext(),
+            ):
                 self._backward(images, labels)
         if self.recipe.anchor or self.recipe.balance or self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
