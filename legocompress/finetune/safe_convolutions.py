@@ -1,4 +1,4 @@
-"""Convolutions that oneDNN computes wrongly in 16 bits on a CPU with AMX, run in float32 instead.
+"""Convolutions that oneDNN may compute wrongly in 16 bits, run in float32 instead.
 
 docs/upstream.md describes the faults; `python benchmarks/bf16_amx.py` shows them.
 """
@@ -41,9 +41,10 @@ class SafeConvolutions(TorchFunctionMode):
 def is_unsafe(width: int, kernel: int, stride: int, padding: int | str, dilation: int) -> bool:
     """Whether oneDNN may compute a 16-bit convolution wrongly, by the sizes of its last axis.
 
-    With a stride s > 1 there are two faults (oneDNN 3.12.0, AMX):
-    - backward weights read memory that nobody wrote where the input is narrower than s;
-    - forward gives wrong values where the output is one pixel wide.
+    With a stride s > 1 there are two faults (oneDNN 3.12.0):
+    - backward weights read memory that nobody wrote where the input is narrower than s
+      (AMX and AVX-512);
+    - forward gives wrong values where the output is one pixel wide (AMX).
     The other axis does not matter: among 4,978 convolutions of random sizes 425 were wrong, and
     each of them was one of these.
     """
