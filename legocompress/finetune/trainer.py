@@ -20,6 +20,7 @@ from legocompress.finetune.norms import set_training_mode_, synchronise_norms_
 from legocompress.finetune.optimize import add_anchor_, add_balance_, select_clipped_parameters
 from legocompress.finetune.progress import Progress
 from legocompress.finetune.recipe import Recipe
+from legocompress.finetune.safe_convolutions import SafeConvolutions
 from legocompress.finetune.seeding import derive_seed, seed_all
 from legocompress.finetune.targets import Targets
 from legocompress.finetune.training_loader import TrainingLoader
@@ -115,7 +116,10 @@ class Trainer:
                 torch.cuda.manual_seed(derive_seed(*place))
             last = number + 1 == self.recipe.accumulate
             skips_sync = not last and self.state.runs is not self.model
-            with _skip_gradient_sync(self.state.runs) if skips_sync else contextlib.nullcontext():
+            with (
+                _skip_gradient_sync(self.state.runs) if skips_sync else contextlib.nullcontext(),
+                SafeConvolutions() if self.device.type == "cpu" else contextlib.nullcontext(),
+            ):
                 self._backward(images, labels)
         self._step_optimizer()
         if self.state.ema is not None:
