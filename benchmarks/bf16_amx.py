@@ -4,7 +4,7 @@
     python -m benchmarks.bf16_amx --random 60                          # and random ones, 60 s
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m benchmarks.bf16_amx  # without AMX
 
-Claim: with a horizontal stride, oneDNN computes some narrow bf16 convolutions wrongly: the values are
+Claim: with a horizontal stride, oneDNN computes some narrow bf16 convolutions wrongly: values are
 wrong, NaN, or change from call to call. Needs torch alone, so the file can be run by itself. Before
 each call the free blocks of the allocator are filled with one value. A correct operator gives the
 same bits whatever that value is, and differs from float32 by bf16 rounding only. Exit status 1 says
