@@ -1,4 +1,4 @@
-"""Build the compiled kernels with the package; without a C++ compiler the package works without."""
+"""Build the package with its compiled kernels; without a C++ compiler, build it without them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("legocompress/kernels/src")
-# fp-contract: products and sums become one instruction. psabi: no vector crosses a function.
+# fp-contract: a product and a sum become one instruction. psabi: no function passes a vector.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -33,10 +33,10 @@ X86_FLAGS = {
 
 
 class BuildKernels(build_ext):
-    """Compile a plain shared library, no Python module: ctypes loads it, for any Python."""
+    """Compile a plain shared library instead of a Python module: any Python loads it by ctypes."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Name it without Python's version and ABI."""
+        """Name the library without Python's version and ABI."""
         suffix = {"darwin": ".dylib", "win32": ".pyd"}.get(sys.platform, ".so")
         return str(Path(*fullname.split("."))) + suffix
 
@@ -45,7 +45,7 @@ class BuildKernels(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        """Build, or say once and clearly that the package goes on without."""
+        """Build the library, or warn that the package works without it."""
         try:
             self.build_library(ext)
         except Exception as error:
@@ -53,8 +53,8 @@ class BuildKernels(build_ext):
                 ext.optional = False
                 raise
             logging.getLogger("legocompress").warning(
-                "legocompress: no compiled kernels (%s). Everything works on the other routes, "
-                "slower; install again where g++ or clang++ is at hand to have them.",
+                "legocompress: no compiled kernels (%s). Everything works without them, slower; "
+                "to have them, install again where g++ or clang++ is available.",
                 str(error).partition("\n")[0],
             )
 
@@ -63,12 +63,12 @@ class BuildKernels(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
         objects = []
         for source in ext.sources:
-            own = X86_FLAGS.get(Path(source).name, []) if x86 else []
+            instruction_set = X86_FLAGS.get(Path(source).name, []) if x86 else []
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 depends=ext.depends,
-                extra_postargs=[*FLAGS, *own],
+                extra_postargs=[*FLAGS, *instruction_set],
             )
         target = Path(self.get_ext_fullpath(ext.name))
         self.compiler.link_shared_object(
@@ -77,10 +77,10 @@ class BuildKernels(build_ext):
 
 
 class TagWheel(bdist_wheel):
-    """Tag the wheel for the platform alone: no part of it asks for one Python."""
+    """Tag the wheel for its platform and any Python 3: nothing in it is built for one version."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Python, ABI and platform."""
+        """Return the tags of Python, ABI and platform."""
         return "py3", "none", super().get_tag()[2]
 
 

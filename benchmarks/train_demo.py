@@ -1,17 +1,21 @@
-"""Train the demo network that ships with the package: a small timm ResNet on Fashion-MNIST.
+"""How the demo network that ships with the package was trained.
 
-    python benchmarks/train_demo.py --data-dir fashion-mnist --out legocompress/demo/fashion-resnet
+    python -m benchmarks.train_demo --data-dir fashion-mnist --out legocompress/demo/fashion-resnet
+
+Claim: the shipped network is a small timm ResNet that anybody can train again: Fashion-MNIST, 18
+epochs, seed 0, one thread. Prints the accuracy before and after rounding to fp16. Takes about an
+hour on one core. `--epochs 0 --sample N --calibration N` writes the shipped images only.
 
 The folder written is a timm hub folder: `timm.create_model("local-dir:FOLDER", pretrained=True)`
 rebuilds the network without this script and without legocompress.
 """
 
+from __future__ import annotations
+
 import argparse
-import gzip
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +23,27 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save
-from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim.lr_scheduler import OneCycleLR
 
-Bytes = npt.NDArray[np.uint8]
-
-SIZE = 56  # images are scaled up from 28: the stem and its pooling divide the side by four
-MEAN, STD = 0.286, 0.353
-MAX_SHIFT = 4  # pixels of the scaled image, so two of the original
-N_VALIDATION = 5_000
-BATCH_SIZE = 128
-MAX_LR = 0.1
-WEIGHT_DECAY = 5e-4
-LABEL_SMOOTHING = 0.05
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+from benchmarks.common.arguments import add_fashion_folder, make_parser
+from benchmarks.common.fashion_mnist import (
+    CLASSES,
+    MEAN,
+    N_VALIDATION,
+    SIZE,
+    STD,
+    measure_accuracy,
+    normalize,
+    prepare_inputs,
+    read_split,
+    scale_up,
+    split_validation,
+    train_,
 )
+
+Images = tuple[Tensor, Tensor]  # inputs (N, 1, SIZE, SIZE) and class numbers (N,)
+
 ARCHITECTURE = "resnet18"
 MODEL_ARGS: dict[str, Any] = {
     "in_chans": 1,
@@ -57,117 +53,7 @@ MODEL_ARGS: dict[str, Any] = {
 }
 
 
-def read_idx(path: Path, n_dims: int) -> Bytes:
-    """Read one gzipped idx file of unsigned bytes with `n_dims` dimensions.
-
-    Raises ValueError where the header or the length is not what the format says.
-    """
-    with gzip.open(path, "rb") as file:
-        raw = file.read()
-    n_header_bytes = 4 + 4 * n_dims
-    if len(raw) < n_header_bytes or raw[:4] != bytes((0, 0, 8, n_dims)):
-        raise ValueError(f"{path}: not an idx file of unsigned bytes with {n_dims} dimensions")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", count=n_dims, offset=4))
-    values = np.frombuffer(raw, np.uint8, offset=n_header_bytes)
-    if values.size != np.prod(shape):
-        raise ValueError(f"{path}: the header says {shape}, but {values.size} bytes follow it")
-    return values.reshape(shape)
-
-
-def read_split(data_dir: Path, prefix: str) -> tuple[Bytes, Bytes]:
-    """Images (N, 28, 28) and labels (N,) of the split `train` or `t10k`."""
-    images = read_idx(data_dir / f"{prefix}-images-idx3-ubyte.gz", 3)
-    labels = read_idx(data_dir / f"{prefix}-labels-idx1-ubyte.gz", 1)
-    if images.shape[1:] != (28, 28) or len(images) != len(labels):
-        raise ValueError(f"{data_dir}: {prefix} has images {images.shape}, labels {labels.shape}")
-    if labels.max() >= len(CLASSES):
-        raise ValueError(f"{data_dir}: {prefix} has label {labels.max()}, allowed 0 to 9")
-    return images, labels
-
-
-def scale_up(images: Bytes) -> Tensor:
-    """Resize (N, 28, 28) bytes to (N, SIZE, SIZE) bytes, by PIL as timm's transform does."""
-    size, bilinear = (SIZE, SIZE), Image.Resampling.BILINEAR
-    scaled = np.stack([np.asarray(Image.fromarray(i).resize(size, bilinear)) for i in images])
-    return torch.from_numpy(scaled)
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """Turn (N, SIZE, SIZE) bytes into the network's (N, 1, SIZE, SIZE) float input."""
-    return pixels.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
-
-
-def timm_inputs(model: nn.Module, images: Bytes) -> Tensor:
-    """Make (N, 1, SIZE, SIZE) inputs as any user of the folder does, by its config alone."""
-    transform = create_transform(**resolve_data_config({}, model=model))
-    return torch.stack([transform(Image.fromarray(image)) for image in images])
-
-
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip and shift each image of a (N, side, side) byte batch by its own draw; zeros move in."""
-    n, side = pixels.shape[:2]
-    shift = MAX_SHIFT * side // SIZE
-    padded = F.pad(pixels, (shift,) * 4)
-    offsets = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-    rows, columns = torch.arange(side) + offsets
-    flip = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Percentage of the (N, 1, SIZE, SIZE) inputs that the network labels rightly."""
-    model.eval()
-    predicted = torch.cat([model(batch).argmax(1) for batch in torch.split(inputs, 250)])
-    return 100 * (predicted == labels).double().mean().item()
-
-
-def train_(
-    model: nn.Module,
-    train: tuple[Tensor, Tensor],
-    validation: tuple[Tensor, Tensor],
-    n_epochs: int,
-    seed: int,
-) -> nn.Module:
-    """Train by SGD under a one-cycle learning rate, printing a line an epoch.
-
-    Both sets are (N, SIZE, SIZE) bytes and (N,) labels.
-    """
-    pixels, labels = train
-    generator = torch.Generator().manual_seed(seed)
-    n_steps = len(pixels) // BATCH_SIZE
-    optimizer = torch.optim.SGD(
-        model.parameters(), MAX_LR, momentum=0.9, weight_decay=WEIGHT_DECAY, nesterov=True
-    )
-    # With cycle_momentum the momentum would drop where the rate is high; 0.9 throughout is enough.
-    scheduler = OneCycleLR(
-        optimizer, MAX_LR, total_steps=n_epochs * n_steps, pct_start=0.25, cycle_momentum=False
-    )
-    started = time.perf_counter()
-    for epoch in range(1, n_epochs + 1):
-        model.train()
-        order = torch.randperm(len(pixels), generator=generator)
-        total_loss = 0.0
-        for chosen in torch.split(order[: n_steps * BATCH_SIZE], BATCH_SIZE):
-            inputs = normalize(augment(pixels[chosen], generator))
-            logits = model(inputs.contiguous(memory_format=torch.channels_last))
-            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
-            scheduler.step()
-            total_loss += loss.item()
-        print(
-            f"epoch {epoch:2d}/{n_epochs}  loss {total_loss / n_steps:.4f}"
-            f"  validation {accuracy(model, normalize(validation[0]), validation[1]):.2f} %"
-            f"  {time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
-    return model
-
-
-def hub_config(n_features: int) -> dict[str, Any]:
+def build_config(n_features: int) -> dict[str, Any]:
     """What timm needs to rebuild the network and its preprocessing."""
     return {
         "architecture": ARCHITECTURE,
@@ -201,7 +87,7 @@ def write_hub_folder(model: nn.Module, folder: Path) -> None:
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{name}: a value does not fit fp16")
-    config = json.dumps(hub_config(tensors["fc.weight"].shape[1]), indent=2) + "\n"
+    config = json.dumps(build_config(tensors["fc.weight"].shape[1]), indent=2) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     # Not save_file, which leaves a file that only its owner may read.
     (folder / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -223,7 +109,7 @@ def save_npz(path: Path, **arrays: npt.NDArray[Any]) -> None:
 
 
 def write_sample(data_dir: Path, path: Path, n_images: int, seed: int) -> None:
-    """Write labelled test images, as many of each class, in the order of the test split."""
+    """Write labelled test images, equally many per class, in the order of the test split."""
     images, labels = read_split(data_dir, "t10k")
     rng = np.random.default_rng(seed)
     n_each = n_images // len(CLASSES)
@@ -244,18 +130,25 @@ def write_sample(data_dir: Path, path: Path, n_images: int, seed: int) -> None:
 
 
 def write_calibration(data_dir: Path, path: Path, n_images: int, seed: int) -> None:
-    """Write unlabelled images of the part of the training split that the network is trained on."""
+    """Write unlabelled images of those that the network is trained on."""
     images = read_split(data_dir, "train")[0][:-N_VALIDATION]
     chosen = np.random.default_rng(seed).choice(len(images), n_images, replace=False)
     save_npz(path, images=images[np.sort(chosen)])
 
 
+def print_accuracies(name: str, trained: nn.Module, stored: nn.Module, images: Images) -> None:
+    """Print the accuracy on a split before and after rounding to fp16."""
+    inputs, labels = images
+    print(
+        f"{name}: trained {measure_accuracy(trained, inputs, labels):.2f} %,"
+        f" stored in fp16 {measure_accuracy(stored, inputs, labels):.2f} %"
+    )
+
+
 def build_network(data_dir: Path, out: Path, n_epochs: int, seed: int) -> None:
-    """Train the network, write it to `out`, print how the written one does on the test split."""
+    """Train the network, write it to `out` and print the accuracy of the stored network."""
     images, label_bytes = read_split(data_dir, "train")
-    pixels, labels = scale_up(images), torch.from_numpy(label_bytes.astype(np.int64))
-    train = pixels[:-N_VALIDATION], labels[:-N_VALIDATION]
-    validation = pixels[-N_VALIDATION:], labels[-N_VALIDATION:]
+    train, validation = split_validation(scale_up(images), label_bytes)
 
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, **MODEL_ARGS).to(memory_format=torch.channels_last)
@@ -269,19 +162,13 @@ def build_network(data_dir: Path, out: Path, n_epochs: int, seed: int) -> None:
         stored = load_hub_folder(folder)
         # Training scales by PIL once and normalizes whole batches, timm's transform takes one PIL
         # image: the inputs agree to float rounding, far below 1/255, and so does the accuracy.
-        inputs = timm_inputs(stored, images[-N_VALIDATION:])
+        inputs = prepare_inputs(stored, images[-N_VALIDATION:])
         torch.testing.assert_close(normalize(validation[0]), inputs, rtol=0, atol=1e-5)
-        print(
-            f"validation: trained {accuracy(model, inputs, validation[1]):.2f} %,"
-            f" stored in fp16 {accuracy(stored, inputs, validation[1]):.2f} %"
-        )
+        print_accuracies("validation", model, stored, (inputs, validation[1]))
         test_images, test_bytes = read_split(data_dir, "t10k")
-        inputs = timm_inputs(stored, test_images)
         test_labels = torch.from_numpy(test_bytes.astype(np.int64))
-        print(
-            f"test: trained {accuracy(model, inputs, test_labels):.2f} %,"
-            f" stored in fp16 {accuracy(stored, inputs, test_labels):.2f} %"
-        )
+        test_inputs = prepare_inputs(stored, test_images)
+        print_accuracies("test", model, stored, (test_inputs, test_labels))
         out.mkdir(exist_ok=True)
         for name in ("model.safetensors", "config.json"):
             os.replace(folder / name, out / name)
@@ -289,13 +176,13 @@ def build_network(data_dir: Path, out: Path, n_epochs: int, seed: int) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """Read the command line; refuse to overwrite anything unless told to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the four idx.gz")
+    """Read the command line; nothing is overwritten without `--force`."""
+    parser = make_parser(__doc__)
+    add_fashion_folder(parser)
     parser.add_argument("--out", type=Path, required=True, help="timm hub folder to write")
     parser.add_argument("--epochs", type=int, default=18, help="0 trains and writes no network")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="other counts round otherwise")
+    parser.add_argument("--threads", type=int, default=1, help="other numbers round differently")
     parser.add_argument(
         "--sample", type=int, metavar="N", help="also write N test images beside --out, with labels"
     )
@@ -314,7 +201,7 @@ def parse_args() -> argparse.Namespace:
     if args.epochs < 0:
         parser.error("--epochs must not be negative")
     if args.sample and args.sample % len(CLASSES):
-        parser.error(f"--sample must be a multiple of {len(CLASSES)}, one share for each class")
+        parser.error(f"--sample must be a multiple of {len(CLASSES)}, equally many per class")
     return args
 
 

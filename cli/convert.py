@@ -1,37 +1,38 @@
-"""`convert` and `inspect`: from a dense network to a compressed folder, and what would happen."""
+"""`convert` writes a compressed folder from a dense network; `inspect` only shows the plan."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
 import legocompress as lego
 from legocompress.checkpoint import check_target
-from legocompress.compress.plan_types import Plan
-from legocompress.compress.planning import plan
 from legocompress.errors import UsageError
 from legocompress.spec import LegoSpec
 
-from . import calibrate, render
+from . import render
+from .calibration import remove_journal, run_calibration
 from .options import (
+    CalibrationRequest,
     calibration_options,
     device_option,
     force_option,
     json_option,
     model_options,
-    progress,
     read_budget,
+    read_calibration,
     read_create_args,
     read_device,
     read_spec,
     spec_options,
 )
+from .progress import progress_bar
 
 
 @click.command()
@@ -46,13 +47,13 @@ from .options import (
     type=click.IntRange(-(2**63), 2**63 - 1),
     default=0,
     show_default=True,
-    help="Of clustering and weights.",
+    help="Seed of the clustering and of random weights.",
 )
 @click.option(
     "--calibrate",
-    "photos",
+    "calibration_data",
     metavar="DATA",
-    help="Repair with unlabelled images: a folder, .npz file or timm data set, or 'synthetic'.",
+    help="Calibrate with unlabelled images: a folder, .npz file, timm data set, or 'synthetic'.",
 )
 @calibration_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
@@ -63,7 +64,7 @@ def convert(
     model: str,
     out: Path | None,
     seed: int,
-    photos: str | None,
+    calibration_data: str | None,
     dry_run: bool,
     device: str,
     force: bool,
@@ -75,39 +76,24 @@ def convert(
     MODEL is a name (resnet50, timm/NAME, torchvision/NAME, hf-hub:USER/REPO) or a timm folder.
     """
     spec, budget = read_spec(values), read_budget(values)
-    settings = calibrate.read_calibration(values)
+    calibration_values = read_calibration(values)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if not dry_run:
         check_target(target, force)
     network = _open_dense(model, seed, read_device(device), values)
-    planned = _plan(network, spec, budget, seed, as_json)
+    plan = _make_plan(network, spec, budget, seed, as_json)
     if dry_run:
-        _show_plan(planned, as_json)
+        _print_plan(plan, as_json)
         return
-    original = None if photos is None else _original(network, planned)
-    with progress(as_json) as bar:
-        task = bar.add_task("clustering", total=len(planned.layers))
-        lego.convert_(network, planned, seed, lambda row: bar.advance(task))
+    original = None if calibration_data is None else _copy_original(network, plan)
+    _convert(network, plan, seed, as_json)
     record = None
-    if photos is not None and original is not None:
-        request = calibrate.Request(photos, seed=seed, **settings)
-        record = calibrate.run(network, original, request, target, as_json)
+    if calibration_data is not None and original is not None:
+        request = CalibrationRequest(calibration_data, seed=seed, **calibration_values)
+        record = run_calibration(network, original, request, target, as_json)
     lego.save(network, target, force)
-    calibrate.finish(target)
-    report = lego.measure(network, path=target)
-    if as_json:
-        found = {"out": str(target), **report.totals(), "skipped": planned.skipped}
-        found["calibration"] = None if record is None else record.model_dump()
-        render.print_json(found)
-        return
-    click.echo(
-        f"{model} -> {target}: {len(planned.layers)} of {len(planned.rows)} layers converted"
-    )
-    render.print_skipped(planned.skipped)
-    render.print_totals(report)
-    if record is not None:
-        render.print_calibration(record)
-    click.echo(f"\nNext: legocompress report {target}")
+    remove_journal(target)
+    _print_result(model, target, plan, lego.measure(network, path=target), record, as_json)
 
 
 @click.command()
@@ -119,59 +105,71 @@ def inspect(model: str, as_json: bool, **values: Any) -> None:
     """Show what `convert` would do to MODEL, layer by layer; nothing is changed or written."""
     spec, budget = read_spec(values), read_budget(values)
     network = _open_dense(model, 0, read_device("cpu"), values)
-    _show_plan(_plan(network, spec, budget, 0, as_json), as_json)
+    _print_plan(_make_plan(network, spec, budget, 0, as_json), as_json)
 
 
-def _original(network: nn.Module, planned: Plan) -> nn.Module:
-    original = copy.deepcopy(network)
-    return reparameterize_model(original) if planned.reparameterize else original
+def _open_dense(model: str, seed: int, device: torch.device, values: dict[str, Any]) -> nn.Module:
+    """Open a network on a device.
 
-
-def _open_dense(model: str, seed: int, device: Any, values: dict[str, Any]) -> Any:
+    Raises:
+        UsageError: it is a compressed network already.
+    """
     network = lego.open_model(model, seed=seed, **read_create_args(values)).to(device)
     if any(True for _ in lego.lego_modules(network)):
         raise UsageError(f"{model!r} is compressed already; give the original network")
     return network
 
 
-def _plan(
+def _make_plan(
     network: nn.Module, spec: LegoSpec, budget: dict[str, float], seed: int, quiet: bool
-) -> Plan:
+) -> lego.Plan:
+    """Plan the conversion; with a budget, first choose m, o and k of every layer."""
     if budget:
-        with progress(quiet) as bar:
+        with progress_bar(quiet) as bar:
             task = bar.add_task("sizing layers", total=None)
 
-            def tell(done: int, of: int) -> None:
-                bar.update(task, completed=done, total=of)
+            def on_layer(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
 
-            spec = lego.allocate(network, spec, **budget, seed=seed, on_layer=tell)
-    return plan(network, spec)
+            spec = lego.allocate(network, spec, **budget, seed=seed, on_layer=on_layer)
+    return lego.plan(network, spec)
 
 
-def _show_plan(planned: Plan, as_json: bool) -> None:
-    if not as_json:
-        render.print_plan(planned)
+def _copy_original(network: nn.Module, plan: lego.Plan) -> nn.Module:
+    """Copy the dense network before its conversion; fused, if the conversion fuses it."""
+    original = copy.deepcopy(network)
+    return reparameterize_model(original) if plan.reparameterize else original
+
+
+def _convert(network: nn.Module, plan: lego.Plan, seed: int, quiet: bool) -> None:
+    with progress_bar(quiet) as bar:
+        task = bar.add_task("clustering", total=len(plan.layers))
+        lego.convert_(network, plan, seed, lambda row: bar.advance(task))
+
+
+def _print_plan(plan: lego.Plan, as_json: bool) -> None:
+    if as_json:
+        render.print_plan_json(plan)
+    else:
+        render.print_plan(plan)
+
+
+def _print_result(
+    model: str,
+    target: Path,
+    plan: lego.Plan,
+    report: lego.Report,
+    record: lego.Calibration | None,
+    as_json: bool,
+) -> None:
+    if as_json:
+        values = {"out": str(target), **report.totals(), "skipped": plan.skipped}
+        values["calibration"] = None if record is None else record.model_dump()
+        render.print_json(values)
         return
-    rows = [
-        {
-            **asdict(row),
-            "spec": None if row.spec is None else row.spec.model_dump(mode="json"),
-            "params": row.params,
-            "bits": row.bits,
-            "macs": row.macs,
-            "proxy_params": row.proxy_params,
-        }
-        for row in planned.rows
-    ]
-    render.print_json(
-        {
-            "spec": planned.spec.model_dump(mode="json"),
-            "layers": rows,
-            "other_params": planned.other_params,
-            "other_bits": planned.other_bits,
-            "proxy_bytes": planned.proxy_bytes,
-            "input_shape": planned.input_shape,
-            "reparameterize": planned.reparameterize,
-            "note": planned.note,
-        }
-    )
+    click.echo(f"{model} -> {target}: {len(plan.layers)} of {len(plan.rows)} layers converted")
+    render.print_skipped(plan.skipped)
+    render.print_totals(report)
+    if record is not None:
+        render.print_calibration(record)
+    click.echo(f"\nNext: legocompress report {target}")

@@ -1,4 +1,4 @@
-"""`evaluate`: accuracy on labelled images, agreement with the original on any images."""
+"""`evaluate`: accuracy on labelled images, and agreement with the original on any images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from .options import (
     device_option,
     json_option,
     model_options,
-    original_of,
+    open_original,
     original_options,
-    progress,
     read_create_args,
     read_device,
+    workers_option,
 )
+from .progress import progress_bar
 
 
 @click.command()
@@ -29,17 +30,17 @@ from .options import (
 @click.option(
     "--data", required=True, help="Image folder, .npz file, or timm data set (torch/cifar10)."
 )
-@click.option("--data-dir", help="Root of a named data set.")
+@click.option("--data-dir", help="Root folder of a named data set.")
 @click.option("--split", default="validation", help="Split of a named data set.")
-@click.option("--class-map", help="Text file: class folder names in the order of the outputs.")
-@click.option("--no-labels", is_flag=True, help="Ignore labels; agreement alone.")
+@click.option(
+    "--class-map", help="Text file that lists the class folders in the order of the outputs."
+)
+@click.option("--no-labels", is_flag=True, help="Ignore labels and measure only the agreement.")
 @original_options
 @click.option(
-    "-b", "--batch-size", type=click.IntRange(1), default=64, help="Images that run at once."
+    "-b", "--batch-size", type=click.IntRange(1), default=64, help="Number of images per batch."
 )
-@click.option(
-    "-j", "--workers", type=click.IntRange(0), default=0, help="Processes that read images."
-)
+@workers_option
 @model_options
 @device_option
 @json_option
@@ -59,25 +60,25 @@ def evaluate(
     **values: Any,
 ) -> None:
     """Evaluate MODEL, a compressed folder or any model name, on images."""
-    place = read_device(device)
-    network = lego.open_model(model, **read_create_args(values)).to(place)
-    teacher = original_of(network, original, original_weights)
+    torch_device = read_device(device)
+    network = lego.open_model(model, **read_create_args(values)).to(torch_device)
+    teacher = open_original(network, original, original_weights)
     images = lego.open_images(data, network, data_dir, split, class_map, not no_labels)
     if not images.labelled and teacher is None:
         raise UsageError(
             f"{data!r} has no labels, so there is nothing to measure without the original network; "
             "give --original NAME or --original-weights FILE"
         )
-    with progress(as_json) as bar:
+    with progress_bar(as_json) as bar:
         task = bar.add_task("images", total=images.size)
-        found = lego.evaluate(
+        evaluation = lego.evaluate(
             network,
             images.batches(batch_size, workers),
-            None if teacher is None else teacher.to(place),
+            None if teacher is None else teacher.to(torch_device),
             images.n_classes,
-            lambda done: bar.advance(task, done),
+            lambda n_images: bar.advance(task, n_images),
         )
     if as_json:
-        render.print_json(asdict(found))
+        render.print_json(asdict(evaluation))
     else:
-        render.print_evaluation(found)
+        render.print_evaluation(evaluation)

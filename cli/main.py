@@ -1,4 +1,4 @@
-"""The `legocompress` command: its sub-commands, and how every error ends."""
+"""The `legocompress` command: its sub-commands, and the exit code of each kind of error."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
-from .finetune import finetune, recipes
+from .finetune import finetune
 from .push import push
+from .recipes import recipes
 from .report import report
 
 
@@ -39,7 +40,7 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line; a typed error becomes one sentence and its exit code."""
+    """Run the command line; an error of this package becomes one sentence and its exit code."""
     debug = "--debug" in sys.argv
     try:
         cli.main(standalone_mode=False)
@@ -57,5 +58,5 @@ def main() -> None:
     except MemoryError:
         if debug:
             raise
-        click.echo("Error: out of memory; take a smaller model or input.", err=True)
+        click.echo("Error: out of memory; use a smaller model or input.", err=True)
         sys.exit(1)

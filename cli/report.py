@@ -1,4 +1,4 @@
-"""`report`: what a compressed folder holds, theory and measurement side by side."""
+"""`report`: size, cost and error of a compressed folder, theory next to measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .options import device_option, json_option, read_device
     "--repeats",
     type=click.IntRange(0),
     default=0,
-    help="Interleaved timed runs of each form against the dense one; 0 times nothing.",
+    help="Number of timed runs per form, interleaved with the dense network; 0 skips timing.",
 )
 @device_option
 @json_option
@@ -28,12 +28,12 @@ def report(checkpoint: Path, repeats: int, device: str, as_json: bool) -> None:
     checkpoint = local_folder(checkpoint)
     model = lego.load(checkpoint).to(read_device(device))
     baseline = lego.to_dense(model) if repeats else None
-    found = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
-    record: lego.Calibration | None = getattr(model, "lego_calibration", None)
+    result = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
+    record = lego.lego_state(model).calibration
     if as_json:
         calibration = None if record is None else record.model_dump()
-        render.print_json({**found.to_dict(), "calibration": calibration})
+        render.print_json({**result.to_dict(), "calibration": calibration})
         return
-    render.print_report(found)
+    render.print_report(result)
     if record is not None:
         render.print_calibration(record)

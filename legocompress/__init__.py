@@ -36,6 +36,7 @@ from legocompress.report.measurement import measure
 from legocompress.report.results import Report
 from legocompress.report.versus_dense import BenchmarkRun, benchmark
 from legocompress.spec import LegoSpec, Rule
+from legocompress.state.model_state import LegoState, lego_state
 from legocompress.state.source import Source
 
 __version__ = version("legocompress")
@@ -49,6 +50,7 @@ __all__ = [
     "LegoError",
     "LegoModule",
     "LegoSpec",
+    "LegoState",
     "Plan",
     "Recipe",
     "Report",
@@ -70,6 +72,7 @@ __all__ = [
     "freeze_indices_",
     "gather",
     "lego_modules",
+    "lego_state",
     "load",
     "load_recipe",
     "measure",

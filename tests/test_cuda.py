@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import legocompress as lego
-from benchmarks.coverage import EXACT, randomise_
+from benchmarks.common.networks import randomise_
+from benchmarks.coverage import EXACT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -63,7 +63,7 @@ def test_rules_of_a_wrong_type_are_a_spec_error(rules: Any) -> None:
 
 def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(SpecError) as error:
-        LegoSpec(m=-1, o=0, k=0, speed=9)
+        LegoSpec(m=-1, o=0, k=0, speed=9)  # type: ignore[call-arg]
     assert_message_has(error, "m=-1", "o=0", "k=0", "speed=9")
     assert isinstance(error.value, UsageError)
     assert error.value.exit_code == 2

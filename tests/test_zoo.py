@@ -14,7 +14,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import legocompress as lego
-from benchmarks.coverage import EXACT, check, randomise_, run, same
+from benchmarks.common.networks import randomise_
+from benchmarks.coverage import EXACT, are_equal, check_architecture, run_model
 from legocompress.errors import DenseOnlyError
 
 NAMES = [
@@ -56,7 +57,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_conversion_changes_no_bit(name: str) -> None:
     """Outputs equal after conversion, saving and reloading, and going back to dense."""
-    result = check(name, max_params=60_000_000)
+    result = check_architecture(name, max_params=60_000_000)
     assert result["status"] == "checked"
     assert result["faults"] == []
     assert result["converted"] > 0
@@ -77,8 +78,8 @@ def image(channels: int = 3, size: int = 64) -> Tensor:
 
 def test_other_channels_and_classes() -> None:
     original, model = converted("resnet18", in_chans=5, num_classes=7)
-    assert run(model, (image(5),))[0].shape == (1, 7)
-    assert same(run(original, (image(5),)), run(model, (image(5),)))
+    assert run_model(model, (image(5),))[0].shape == (1, 7)
+    assert are_equal(run_model(original, (image(5),)), run_model(model, (image(5),)))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_mobilenetv3_small_075"])
@@ -95,7 +96,7 @@ def test_features_only_keeps_the_stem_and_equals() -> None:
     original, model = converted("resnet18", features_only=True)
     assert isinstance(model, FeatureListNet)
     assert not isinstance(model.conv1, lego.LegoModule)
-    assert same(run(original, (image(),)), run(model, (image(),)))
+    assert are_equal(run_model(original, (image(),)), run_model(model, (image(),)))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
@@ -125,7 +126,7 @@ def test_fx_feature_extraction() -> None:
 def test_lower_precision(dtype: torch.dtype) -> None:
     original, model = converted("resnet18")
     x = image().to(dtype)
-    assert same(run(original.to(dtype), (x,)), run(model.to(dtype), (x,)))
+    assert are_equal(run_model(original.to(dtype), (x,)), run_model(model.to(dtype), (x,)))
 
 
 def test_channels_last() -> None:
@@ -135,7 +136,7 @@ def test_channels_last() -> None:
         network.to(memory_format=torch.channels_last)
     weight = model.layer1[0].conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    assert same(run(original, (x,)), run(model, (x,)))
+    assert are_equal(run_model(original, (x,)), run_model(model, (x,)))
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_state_dict_round_trip_into_another_conversion() -> None:
     other = timm.create_model("resnet18").eval()
     lego.convert_(other, lego.plan(other, EXACT))
     other.load_state_dict(model.state_dict())
-    assert same(run(model, (image(),)), run(other, (image(),)))
+    assert are_equal(run_model(model, (image(),)), run_model(other, (image(),)))
 
 
 @pytest.mark.parametrize("name", ["repvgg_a0", "nextvit_small"])

@@ -31,6 +31,7 @@ from legocompress.errors import ConversionError, DataError
 from legocompress.lego.module import lego_modules
 from legocompress.models.probe import evaluating
 from legocompress.state.calibration import Calibration, LayerRepair
+from legocompress.state.model_state import lego_state
 
 EPOCHS = 32
 STEPS = 32  # least number of steps per epoch, where the smallest batch allows it
@@ -170,8 +171,7 @@ def calibrate_(
             agreement_after=agreement(model, original, kept),
             layers=rows,
         )
-    noted: Any = model
-    noted.lego_calibration = record
+    lego_state(model).calibration = record
     return record
 
 

@@ -32,6 +32,7 @@ from legocompress.models.factory import create
 from legocompress.models.probe import model_cfg
 from legocompress.spec import LegoSpec
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
 
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -65,17 +66,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             _become_(model, block, file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{str(folder / TENSORS)!r} is damaged: {error}") from error
-    noted: Any = model
-    noted.lego_source = source
+    state = lego_state(model)
+    state.source = source
     if block.spec is not None:
-        noted.lego_record = ConversionRecord(
+        state.conversion = ConversionRecord(
             _spec(folder, block.spec), block.seed or 0, dict(block.skipped), block.recipe
         )
     if block.calibration is not None:
-        noted.lego_calibration = block.calibration
-    noted.lego_choices = block.deployment
+        state.calibration = block.calibration
+    state.choices = block.deployment
     if config.get("pretrained_cfg") is not None:
-        noted.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
+        network: Any = model
+        network.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()
 
 

@@ -26,6 +26,7 @@ from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
 
 LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
@@ -52,7 +53,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     if not layers:
         raise CheckpointError("the model holds no Lego module; convert it before saving")
     source = _rebuildable(model, source_of(model))
-    record = getattr(model, "lego_record", None)
+    record = lego_state(model).conversion
     block = CompressionConfig(
         format_version=FORMAT_VERSION,
         legocompress_version=VERSION,
@@ -64,8 +65,8 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         skipped=record.skipped if isinstance(record, ConversionRecord) else {},
         recipe=record.recipe if isinstance(record, ConversionRecord) else None,
         layers=layers,
-        calibration=getattr(model, "lego_calibration", None),
-        deployment=getattr(model, "lego_choices", ()),
+        calibration=lego_state(model).calibration,
+        deployment=lego_state(model).choices,
     )
     config = timm_config(model, source)
     config["compression_config"] = block.model_dump(mode="json")
@@ -139,8 +140,8 @@ def _rebuildable(model: nn.Module, source: Source) -> Source:
     raise CheckpointError(
         f"{source.library}/{source.architecture} with {source.model_args} is another network "
         f"(first difference at {min(set(fresh.items()) ^ set(ours.items()))[0]!r}); create it with "
-        "legocompress.create(...), or set model.lego_source to Source(None, None) and pass the "
-        "dense network to load()"
+        "legocompress.create(...), or set lego_state(model).source to Source(None, None) and pass "
+        "the dense network to load()"
     )
 
 

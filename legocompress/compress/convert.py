@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from timm.utils import reparameterize_model
@@ -20,6 +19,7 @@ from legocompress.lego.surgery import become_lego_, guard_fusing_
 from legocompress.models.reparameterization import fused_copy
 from legocompress.models.source import source_of
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 
 
 def convert_(
@@ -55,9 +55,9 @@ def convert_(
         if on_layer is not None:
             on_layer(row)
     guard_fusing_(model)
-    noted: Any = model
-    noted.lego_source = replace(source_of(model), reparameterized=plan.reparameterize)
-    noted.lego_record = ConversionRecord(plan.spec, seed, dict(plan.skipped))
+    state = lego_state(model)
+    state.source = replace(source_of(model), reparameterized=plan.reparameterize)
+    state.conversion = ConversionRecord(plan.spec, seed, dict(plan.skipped))
     return model
 
 

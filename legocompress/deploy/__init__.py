@@ -1,5 +1,10 @@
-"""A network in its fastest form for one machine: frozen, fused, a route chosen for every layer."""
+"""The fastest form of a network on one machine.
 
-from legocompress.deploy.network import Deployment, deploy_, undeploy_
+`deploy_` traces a network, folds its norms, fuses its activations and residual sums, and chooses a
+backend for each layer: by timing them (`autotune`), or by choices that were timed before.
+"""
 
-__all__ = ["Deployment", "deploy_", "undeploy_"]
+from legocompress.deploy.deployment import deploy_, deployed_graph, undeploy_
+from legocompress.state.deployment import Deployment
+
+__all__ = ["Deployment", "deploy_", "deployed_graph", "undeploy_"]

@@ -1,4 +1,4 @@
-"""Interleaved timing: what is compared runs in turns, so that a slow moment hits all of it."""
+"""Timing candidates in turns, so that a slow moment of the machine hits all of them."""
 
 from __future__ import annotations
 
@@ -11,75 +11,85 @@ import torch
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds; on one CPU thread those of this process, which other processes cannot spoil."""
+    """A clock in seconds.
+
+    With one CPU thread it counts the CPU time of this process, which other processes cannot
+    disturb; on a GPU it synchronises before it reads the wall clock.
+    """
     if device.type == "cpu" and torch.get_num_threads() == 1:
         return time.process_time
     if device.type == "cuda":
 
-        def synchronized() -> float:
+        def synchronise_and_read() -> float:
             torch.cuda.synchronize(device)
             return time.perf_counter()
 
-        return synchronized
+        return synchronise_and_read
     return time.perf_counter
 
 
-def settling(device: torch.device, seconds: float) -> float:
-    """The seconds, where what is timed has threads of its own; 0 where it has none."""
+def cool_down_seconds(device: torch.device, seconds: float) -> float:
+    """The seconds to cool down before a timed run: 0 on a GPU and with one CPU thread.
+
+    Several CPU threads keep spinning for some milliseconds after a job, which slows down the
+    threads of the next candidate.
+    """
     return seconds if device.type == "cpu" and torch.get_num_threads() > 1 else 0.0
 
 
-def interleaved(
-    forms: Mapping[str, Callable[[], object]],
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], object]],
     device: torch.device,
     rounds: int,
     seconds: float = float("inf"),
     drop: float = float("inf"),
     warm: bool = False,
-    settle: float = 0.0,
+    cool_down: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Run each form once a round, after a warm-up, and return its times in seconds.
+    """Run each candidate once per round, after one warm-up run, and return its times in seconds.
 
     Args:
-        forms: what to run, by name.
+        candidates: what to run, by name.
         device: where they run.
         rounds: timed rounds; at least one is run.
-        seconds: no further round starts once this much time has gone.
-        drop: a form whose first three runs took more than `drop` times the fastest runs no more.
-        warm: run each form once untimed before each timed run, as a server that runs one form does.
-        settle: seconds that each form runs untimed before each timed run, until the threads of the
-            form before have fallen asleep and its own have found their cores.
+        seconds: no further round starts once this much time has passed.
+        drop: after the third round, a candidate whose best time is more than `drop` times the best
+            of all is timed no longer.
+        warm: run each candidate once untimed before each timed run, so that its weights are in the
+            cache, as on a server that runs this candidate only.
+        cool_down: seconds for which a candidate runs untimed before each timed run, until the
+            threads of the candidate before it have fallen asleep.
     """
     now = clock(device)
-    taken: dict[str, list[float]] = {name: [] for name in forms}
-    running = dict(forms)
-    for form in forms.values():
-        form()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    running = dict(candidates)
+    for candidate in candidates.values():
+        candidate()
     started = time.perf_counter()
-    collecting = gc.isenabled()
+    was_collecting = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds):
-            for name, form in running.items():
-                settled = time.perf_counter() + settle
-                while time.perf_counter() < settled:
-                    form()
+            for name, candidate in running.items():
+                cooled = time.perf_counter() + cool_down
+                while time.perf_counter() < cooled:
+                    candidate()
                 if warm:
-                    form()
+                    candidate()
                 start = now()
-                form()
-                taken[name].append(now() - start)
+                candidate()
+                times[name].append(now() - start)
             if turn == 2:
-                limit = drop * min(map(min, taken.values()))
-                running = {n: form for n, form in running.items() if min(taken[n]) <= limit}
+                limit = drop * min(map(min, times.values()))
+                running = {name: run for name, run in running.items() if min(times[name]) <= limit}
             if time.perf_counter() - started > seconds:
                 break
     finally:
-        if collecting:
+        if was_collecting:
             gc.enable()
-    return taken
+    return times
 
 
-def fastest(taken: Mapping[str, list[float]]) -> str:
-    """The form of the smallest median."""
-    return min(taken, key=lambda name: statistics.median(taken[name]))
+def pick_fastest(times: Mapping[str, list[float]]) -> str:
+    """The name with the smallest median time."""
+    return min(times, key=lambda name: statistics.median(times[name]))

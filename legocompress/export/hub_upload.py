@@ -19,6 +19,7 @@ from legocompress.models.source import source_of
 from legocompress.report.measurement import measure
 from legocompress.report.results import Report
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 
 CARD = "README.md"
 MESSAGE = "Add a network compressed with Lego filters"
@@ -83,7 +84,7 @@ def model_card(folder: str | Path, repo: str, model: nn.Module | None = None) ->
     """
     network = load(folder, model)
     report = measure(network, path=folder)
-    source, record = source_of(network), getattr(network, "lego_record", None)
+    source, record = source_of(network), lego_state(network).conversion
     cfg = model_cfg(network)
     origin = " ".join(source.weights.split())
     base = origin.partition(":")[2] if origin.startswith(("hf-hub:", "hf_hub:")) else None

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from legocompress import kernels
 from legocompress.checkpoint.codec import stored_filters
-from legocompress.deploy.network import deploy_, deployed_graph
+from legocompress.deploy import deploy_, deployed_graph
 from legocompress.errors import DeployError, ExportError, KernelError, UsageError, first_line
 from legocompress.files import check_free, writing
 from legocompress.lego.module import LegoModule, lego_modules

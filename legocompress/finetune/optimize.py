@@ -1,4 +1,4 @@
-"""What trains in a stage, at which rates: timm's optimisers over kinds of parameters."""
+"""timm's optimisers and schedules over kinds of parameters, and the gradients of proxies."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LEGO_KINDS: dict[str, Kind] = {
 }
 
 
-def kinds_of(model: nn.Module) -> dict[str, Kind]:
-    """The kind of every parameter, by name."""
-    legos = {name for name, _ in lego_modules(model)}
+def classify_parameters(model: nn.Module) -> dict[str, Kind]:
+    """Map the name of every parameter to its kind."""
+    lego_names = {name for name, _ in lego_modules(model)}
     kinds: dict[str, Kind] = {}
     for name, _ in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if owner in legos and leaf in LEGO_KINDS:
+        if owner in lego_names and leaf in LEGO_KINDS:
             kinds[name] = LEGO_KINDS[leaf]
         else:
             kinds[name] = "norms" if _is_norm(model.get_submodule(owner)) else "rest"
@@ -37,21 +37,24 @@ def kinds_of(model: nn.Module) -> dict[str, Kind]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: of torch or timm by its name, which custom ones share."""
+    """Whether a module is a norm: by convention, "Norm" is in the names of their classes."""
     return "Norm" in type(module).__name__
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """An optimiser with a group a kind, in the order of KINDS, and one of what never decays.
+    """Create a timm optimiser with one group per kind of parameter.
 
-    Weight decay acts on Lego filters and dense weights alone: a coefficient or a proxy entry near
-    zero says nothing about overfitting. Those are the matrices that Muon is for, too; it leaves
-    the rest to AdamW. A group may be empty.
+    The groups are in the order of KINDS, then one more of kind "rest" for biases and other
+    parameters of fewer than two dimensions. A group may be empty.
+
+    Weight decay acts on Lego filters and dense weights only, since small coefficients or proxy
+    entries do not reduce overfitting. Muon updates the same two groups, whose parameters are
+    matrices; it leaves all others to its fallback, AdamW.
 
     Raises:
         UsageError: timm has no such optimiser, or it refuses the options.
     """
-    kinds = kinds_of(model)
+    kinds = classify_parameters(model)
     groups: list[dict[str, Any]] = [
         {
             "params": [],
@@ -86,22 +89,28 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int) -> Any:
-    """timm's schedule over all epochs, stepped by the number of updates done."""
+    """Create timm's schedule over all epochs, stepped by the number of updates done.
+
+    Args:
+        optimizer: its groups' `lr_scale` multiplies the rate.
+        recipe: its `schedule` block, in epochs.
+        updates: number of updates per epoch.
+    """
     settings = recipe.schedule
 
-    def counted(epochs: float) -> int:
+    def to_updates(epochs: float) -> int:
         return round(epochs * updates)
 
     constant = settings.name == "constant"
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="step" if constant else settings.name,
-        num_epochs=counted(recipe.epochs),
-        warmup_epochs=counted(settings.warmup_epochs),
+        num_epochs=to_updates(recipe.epochs),
+        warmup_epochs=to_updates(settings.warmup_epochs),
         warmup_lr=settings.warmup_lr,
         min_lr=settings.min_lr,
-        decay_epochs=counted(2 * recipe.epochs if constant else settings.decay_epochs),
-        decay_milestones=[counted(epoch) for epoch in settings.decay_milestones],
+        decay_epochs=to_updates(2 * recipe.epochs if constant else settings.decay_epochs),
+        decay_milestones=[to_updates(epoch) for epoch in settings.decay_milestones],
         decay_rate=settings.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
@@ -110,16 +119,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, updates: int
 
 
 def set_rates_(model: nn.Module, optimizer: torch.optim.Optimizer, rates: Rates) -> None:
-    """Make the kinds of parameters learn at a stage's rates; those at rate 0 need no gradient."""
+    """Set a stage's rates; parameters of a kind at rate 0 get no gradient."""
     for group in optimizer.param_groups:
         group["lr_scale"] = getattr(rates, group["kind"])
-    kinds = kinds_of(model)
+    kinds = classify_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(getattr(rates, kinds[name]) > 0)
 
 
-def forget_proxies_(optimizer: torch.optim.Optimizer) -> None:
-    """Drop the proxies and their states."""
+def drop_proxies_(optimizer: torch.optim.Optimizer) -> None:
+    """Remove the proxies and their optimiser states; their group stays, empty."""
     for group in optimizer.param_groups:
         if group["kind"] == "proxies":
             for parameter in group["params"]:
@@ -129,7 +138,7 @@ def forget_proxies_(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def add_balance_(model: nn.Module, weight: float) -> None:
-    """Add the balance term of the authors' released code to the gradients of the proxies."""
+    """Add the gradient of the balance term of the authors' released code to that of the proxies."""
     for _, module in lego_modules(model):
         if module.proxy is not None and module.proxy.grad is not None:
             module.proxy.grad += weight * balance_gradient(module.lego_shape, module.index).to(
@@ -139,10 +148,11 @@ def add_balance_(model: nn.Module, weight: float) -> None:
 
 @torch.no_grad()
 def add_anchor_(model: nn.Module, weight: float) -> None:
-    """Draw the proxies to where they would start from the filters, indices and coefficients of now.
+    """Add the gradient of the anchor term, weight / 2 * |N - start|^2, to that of the proxies.
 
-    The gradient of weight / 2 * |N - start|^2. What keeps the loss from its minimum is in dN at
-    every step; without an anchor N adds it up for ever, until filters enter that serve worse.
+    `start` is the proxy that the current filters, indices and coefficients would start from.
+    Whatever loss remains at the minimum still gives a dN at every step. Without an anchor, N adds
+    these up without bound, until the index changes to filters that fit worse.
     """
     for _, module in lego_modules(model):
         if module.proxy is not None and module.proxy.grad is not None:
@@ -150,9 +160,9 @@ def add_anchor_(model: nn.Module, weight: float) -> None:
             module.proxy.grad += weight * (module.proxy - start)
 
 
-def clipped_parameters(model: nn.Module) -> list[Tensor]:
-    """The parameters whose gradients are clipped: all that train but the proxies."""
-    kinds = kinds_of(model)
+def select_clipped_parameters(model: nn.Module) -> list[Tensor]:
+    """Select the parameters whose gradients are clipped: all that train except proxies."""
+    kinds = classify_parameters(model)
     return [
         parameter
         for name, parameter in model.named_parameters()

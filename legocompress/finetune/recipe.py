@@ -1,19 +1,11 @@
-"""A fine-tuning recipe: YAML in, validated frozen values out."""
+"""The schema of a fine-tuning recipe: frozen values, validated when they are created."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-from importlib.resources import files
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from legocompress.errors import RecipeError
-
-MAX_RECIPE_BYTES = 2**20
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Block(BaseModel):
@@ -21,12 +13,14 @@ class _Block(BaseModel):
 
 
 class Data(_Block):
-    """What to train on, under the `--data-dir` that the user gives.
+    """Which images to train and validate on, under the `--data-dir` that the user gives.
 
-    `dataset` is a timm name (`torch/cifar10`, `hfds/...`, `wds/...`); without one the data
-    directory itself says what it is. `holdout` keeps that many of the training images (below 1:
-    that part of them) for validation in place of a validation split: drawn at random, or taken from
-    the end.
+    `dataset` is a timm name (`torch/cifar10`, `hfds/...`, `wds/...`). Without one, the kind of data
+    is recognised from the content of the data directory.
+
+    `holdout` replaces the validation split by a hold-out set of the training images: a number of
+    images, or, below 1, a fraction of them. `holdout_from` draws it at random or takes it from the
+    end.
     """
 
     dataset: str | None = None
@@ -37,10 +31,12 @@ class Data(_Block):
 
 
 class Augment(_Block):
-    """How training images differ from epoch to epoch; names and meanings are timm's.
+    """Augmentation of the training images; names and meanings are timm's.
 
-    `crop` is timm's random resized crop by `scale` and `ratio`, or `shift`: resize, pad by
-    `padding` pixels, crop at random; or `none`.
+    `crop` is one of
+    - `resized`: timm's random resized crop by `scale` and `ratio`;
+    - `shift`: resize, pad by `padding` pixels, crop at random;
+    - `none`: resize only.
     """
 
     crop: Literal["resized", "shift", "none"] = "resized"
@@ -55,7 +51,7 @@ class Augment(_Block):
 
 
 class Optimizer(_Block):
-    """An optimiser of timm's by name; `options` go to it as they are."""
+    """A timm optimiser by name; `options` are passed to it unchanged."""
 
     name: str = "sgd"
     lr: float = Field(gt=0)
@@ -65,7 +61,7 @@ class Optimizer(_Block):
 
 
 class Schedule(_Block):
-    """A learning rate schedule of timm's over all stages, stepped at every update."""
+    """A timm learning rate schedule over all stages together, stepped at every update."""
 
     name: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
@@ -77,7 +73,7 @@ class Schedule(_Block):
 
 
 class Rates(_Block):
-    """Multiples of the learning rate by kind of parameter; 0 leaves that kind as it is.
+    """Multiples of the learning rate, per kind of parameter; a kind at 0 does not train.
 
     `norms` are the weights and biases of normalisation layers; `rest` is the stem, the classifier
     and whatever else stayed dense, with every other bias.
@@ -91,7 +87,7 @@ class Rates(_Block):
 
 
 class Stage(_Block):
-    """Epochs in which the same things train; `indices: frozen` needs no proxy N."""
+    """Consecutive epochs with the same rates; with `indices: frozen` there is no proxy N."""
 
     epochs: int = Field(ge=1)
     indices: Literal["trained", "frozen"] = "trained"
@@ -99,14 +95,14 @@ class Stage(_Block):
 
 
 class Ema(_Block):
-    """A moving average of the network (timm's ModelEmaV3), which is then what is evaluated."""
+    """A moving average of the network (timm's ModelEmaV3), which is evaluated and stored."""
 
     decay: float = Field(default=0.9998, gt=0, lt=1)
     warmup: bool = True
 
 
 class Mixup(_Block):
-    """Images mixed in pairs, by timm's Mixup; an alpha of 0 switches that kind off."""
+    """timm's Mixup of pairs of images; `mixup` and `cutmix` are alphas, and 0 switches one off."""
 
     mixup: float = Field(default=0.0, ge=0)
     cutmix: float = Field(default=0.0, ge=0)
@@ -114,25 +110,28 @@ class Mixup(_Block):
     switch_prob: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _something(self) -> Mixup:
+    def _check_something_mixes(self) -> Mixup:
         if not self.mixup and not self.cutmix:
             raise ValueError("mixup and cutmix are both 0: drop the block")
         return self
 
 
 class Clip(_Block):
-    """Gradient clipping as timm does it; the proxies' gradients are left alone."""
+    """timm's gradient clipping; the gradients of proxies are not clipped."""
 
     value: float = Field(gt=0)
     mode: Literal["norm", "value", "agc"] = "norm"
 
 
 class Distill(_Block):
-    """What the original network teaches: weights of the terms whose sum is the loss.
+    """Distillation of the original network: the weight of each term of the loss.
 
-    `labels`: cross-entropy with the labels; 0 trains without any. `logits`: KL divergence from the
-    original's outputs at `temperature`. `features`: relative squared error of the outputs of
-    `layers` (module names), by default the stages that timm's feature_info names.
+        loss = labels * cross-entropy with the labels
+             + logits * KL divergence from the original's outputs, at `temperature`
+             + features * relative squared error of the outputs of `layers`
+
+    With `labels` 0, no labels are read. `layers` are module names; by default they are the stages
+    that timm's feature_info names.
     """
 
     labels: float = Field(default=0.1, ge=0)
@@ -142,21 +141,24 @@ class Distill(_Block):
     layers: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _something(self) -> Distill:
+    def _check_something_is_distilled(self) -> Distill:
         if not self.logits and not self.features:
             raise ValueError("logits and features are both 0: drop the block")
         return self
 
 
 class Recipe(_Block):
-    """Everything that decides how a network is fine-tuned, but for where the data lies.
+    """Everything that decides how a network is fine-tuned, except where the data lies.
 
-    `batch_size` counts the images of one update, over all processes and `accumulate` parts.
-    `norm_stats`: BatchNorm uses each part's statistics, those of all processes (`sync`, GPUs only),
-    or its running ones, which then stay. `anchor` is how strongly N is drawn to where it would
-    start from now; without it N piles up what the gradient says at every step. `balance` weighs the
-    term of the authors' released code that evens out how often each Lego filter is used.
-    `save_every` counts updates between saved states; 0 saves at the end of epochs only.
+    - `batch_size`: images per update, over all processes and all `accumulate` parts together.
+    - `norm_stats`: BatchNorm normalises by the statistics of each part (`batch`), of that part on
+      all processes (`sync`, GPUs only), or by its running statistics, which then stay as they are
+      (`frozen`).
+    - `anchor`: weight of the pull of N towards the value it would start from, given the current
+      filters, indices and coefficients. Without it, N adds up the gradient of every step.
+    - `balance`: weight of the term, from the authors' released code, that evens out how often each
+      Lego filter is used.
+    - `save_every`: updates between saved states; 0 saves at the end of epochs only.
     """
 
     description: str = ""
@@ -181,9 +183,9 @@ class Recipe(_Block):
     save_every: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _check_consistency(self) -> Recipe:
         indices = [stage.indices for stage in self.stages]
-        if "trained" in indices[indices.index("frozen") if "frozen" in indices else len(indices) :]:
+        if ("frozen", "trained") in pairwise(indices):
             raise ValueError("stages: indices that are frozen stay so; put frozen stages last")
         for number, stage in enumerate(self.stages):
             if stage.indices == "trained" and stage.rates.proxies == 0:
@@ -191,7 +193,7 @@ class Recipe(_Block):
                     f"stages.{number}: rates.proxies 0 is 'indices: frozen', which needs no memory"
                 )
         if self.batch_size % self.accumulate:
-            raise ValueError("batch_size is no multiple of accumulate")
+            raise ValueError("batch_size is not a multiple of accumulate")
         if self.schedule.warmup_epochs >= self.epochs:
             raise ValueError(f"schedule.warmup_epochs leaves nothing of {self.epochs} epochs")
         if self.distill is not None and self.distill.labels == 0 and self.label_smoothing:
@@ -200,7 +202,7 @@ class Recipe(_Block):
 
     @property
     def epochs(self) -> int:
-        """Epochs of all stages together."""
+        """Number of epochs of all stages together."""
         return sum(stage.epochs for stage in self.stages)
 
     @property
@@ -209,139 +211,9 @@ class Recipe(_Block):
         return self.distill is None or self.distill.labels > 0
 
     def stage_of(self, epoch: int) -> Stage:
-        """The stage that an epoch, counted from 0, belongs to."""
+        """The stage of an epoch, counted from 0; beyond the end, the last stage."""
         for stage in self.stages:
             if epoch < stage.epochs:
                 return stage
             epoch -= stage.epochs
         return self.stages[-1]
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(
-        path.name.removesuffix(".yaml")
-        for path in files("legocompress.recipes").iterdir()
-        if path.name.endswith(".yaml")
-    )
-
-
-def load_recipe(name: str, changes: Iterable[str] = ()) -> Recipe:
-    """Read a recipe by the name of a shipped one or from a YAML file.
-
-    Args:
-        name: such as `fashion-mnist`, or a path that ends in .yaml or .yml.
-        changes: `dotted.path=value` each, the value as YAML: `optimizer.lr=0.01`,
-            `stages.0.epochs=2`, `ema=null`.
-
-    Raises:
-        RecipeError: there is none, or it says something that it may not; every fault is told.
-    """
-    values = _parse(name, _text(name))
-    for change in changes:
-        _change(values, change)
-    try:
-        return Recipe(**values)
-    except ValidationError as error:
-        raise RecipeError(f"recipe {name!r}: {_explain(error)}") from None
-
-
-def _text(name: str) -> str:
-    if not name.endswith((".yaml", ".yml")):
-        if name in shipped_recipes():
-            return (files("legocompress.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-        raise RecipeError(
-            f"no recipe is called {name!r}; shipped are {', '.join(shipped_recipes())}, or give "
-            "the path of a .yaml file"
-        )
-    try:
-        if Path(name).stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"recipe {name!r} is larger than {MAX_RECIPE_BYTES:,} bytes")
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {name!r} cannot be read: {error}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which plain YAML keeps the last."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} is given twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
-
-
-def _parse(name: str, text: str) -> dict[str, Any]:
-    try:
-        values = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        told = " ".join(str(error).split())[:300]
-        raise RecipeError(f"recipe {name!r} is no YAML: {told}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"recipe {name!r} is no YAML mapping of settings")
-    return values
-
-
-def _change(values: dict[str, Any], change: str) -> None:
-    """Set one `dotted.path=value` in nested mappings and lists."""
-    path, equals, text = change.partition("=")
-    if not equals or not path.strip():
-        raise RecipeError(f"--set {change!r} is not of the form dotted.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {change!r}: the value is no YAML") from None
-    *parents, leaf = path.strip().split(".")
-    place: Any = values
-    for number, part in enumerate([*parents, leaf]):
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise RecipeError(
-                    f"--set {change!r}: {'.'.join(parents[:number])} has entries 0 to "
-                    f"{len(place) - 1}, not {part!r}"
-                )
-            key: Any = int(part)
-        elif isinstance(place, dict):
-            key = part
-        else:
-            raise RecipeError(f"--set {change!r}: {'.'.join(parents[:number])} has no parts")
-        if number == len(parents):
-            place[key] = value
-        else:
-            if isinstance(place, dict) and place.get(key) is None:
-                place[key] = {}
-            place = place[key]
-
-
-def _explain(error: ValidationError) -> str:
-    faults = []
-    for fault in error.errors():
-        path = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "too_short" and fault["input"]:
-            continue  # only because of faulty entries, which are told themselves
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            known = _allowed(fault["loc"])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed are {', '.join(known)}"
-            message = f"unknown key; {hint}"
-        elif fault["type"] == "missing":
-            message = "is needed and not given"
-        elif path and not isinstance(fault["input"], (dict, list)):
-            message = f"{fault['input']!r}: {message[0].lower()}{message[1:]}"
-        faults.append(f"{path}: {message}" if path else message)
-    count = f"{len(faults)} faults: " if len(faults) > 1 else ""
-    return count + "; ".join(faults)
-
-
-def _allowed(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the block that a faulty key stands in."""
-    blocks: dict[str, type[BaseModel]] = {
-        "data": Data, "augment": Augment, "optimizer": Optimizer, "schedule": Schedule,
-        "stages": Stage, "rates": Rates, "ema": Ema, "mixup": Mixup, "clip": Clip,
-        "distill": Distill,
-    }  # fmt: skip
-    named = [part for part in location[:-1] if isinstance(part, str)]
-    return sorted((blocks[named[-1]] if named else Recipe).model_fields)

@@ -21,29 +21,30 @@ ARGS, SUMMARY, STATE, BEST, LAST = "args.yaml", "summary.csv", "state.pt", "best
 
 
 class RunFolder:
-    """Files of one run. `state.pt` alone decides what a resumed run does; the rest follows it."""
+    """Files of one run. A resumed run depends on `state.pt` only and rewrites the other files."""
 
     def __init__(self, path: Path):
         self.path = path
 
-    def begin(self, args: dict[str, Any], force: bool) -> None:
-        """Start a run here.
+    def start_run(self, args: dict[str, Any], force: bool) -> None:
+        """Start a run: write args.yaml, after removing an earlier run if `force` is given.
 
         Raises:
-            OutputExistsError: something stands here, and `force` is not given or it is no run.
+            OutputExistsError: the folder is not empty, and either `force` is not given or it does
+                not hold a run.
         """
-        ours = (self.path / ARGS).is_file()
+        holds_run = (self.path / ARGS).is_file()
         if self.path.exists() and any(self.path.iterdir() if self.path.is_dir() else [0]):
             if not force:
-                hint = ", go on with it by --resume" if ours else ""
+                hint = ", continue it with --resume" if holds_run else ""
                 raise OutputExistsError(
                     f"{str(self.path)!r} exists already; choose another --out{hint}, or replace it "
                     "with --force"
                 )
-            if not ours:
+            if not holds_run:
                 raise OutputExistsError(
-                    f"{str(self.path)!r} holds something else than a run, which even --force does "
-                    "not replace; choose another --out"
+                    f"{str(self.path)!r} holds something other than a run, which --force does not "
+                    "replace; choose another --out"
                 )
             for name in (STATE, SUMMARY, ARGS):
                 (self.path / name).unlink(missing_ok=True)
@@ -52,17 +53,17 @@ class RunFolder:
         with writing(self.path / ARGS) as file:
             file.write_text(yaml.safe_dump(args, sort_keys=False))
 
-    def tidy(self) -> None:
-        """Remove what a killed run was writing when it died."""
+    def remove_unfinished_files(self) -> None:
+        """Remove the temporary files that a killed run was writing when it died."""
         for name in (ARGS, SUMMARY, STATE, BEST, LAST):
-            for scratch in self.path.glob(f".{name}.*"):
-                shutil.rmtree(scratch, ignore_errors=True)
+            for unfinished in self.path.glob(f".{name}.*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Replace the state; a full disk leaves the one before.
+        """Replace the saved state; on a full disk, the earlier state stays.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the state cannot be written.
         """
         buffer = io.BytesIO()  # torch's own file writer hides the errno of a full disk
         torch.save(state, buffer)
@@ -70,14 +71,14 @@ class RunFolder:
             file.write_bytes(buffer.getbuffer())
 
     def load_state(self) -> dict[str, Any] | None:
-        """The state that was saved last, on the CPU; None if there is none.
+        """Load the last saved state, on the CPU; None if no state was saved.
 
         Raises:
-            CheckpointError: it is damaged, or holds more than plain values.
+            CheckpointError: the file is damaged, or holds more than tensors and plain values.
         """
         if not (self.path / STATE).is_file():
             return None
-        # Plain values alone are read; what else it meets, torch.load tells by pickle's own error.
+        # torch.load reads plain values only, and raises pickle's own error for anything else.
         try:
             state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -86,15 +87,15 @@ class RunFolder:
                 "with --force"
             ) from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"{str(self.path / STATE)!r} is no state of a run")
+            raise CheckpointError(f"{str(self.path / STATE)!r} is not the state of a run")
         return state
 
     def save_model(self, model: nn.Module, name: str) -> Path:
-        """Write the network as the compressed folder `name`."""
+        """Write the network as the compressed folder `name`, replacing an earlier one."""
         return save(model, self.path / name, force=True)
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
-        """Write summary.csv as timm does, from all rows."""
+        """Write all rows to summary.csv, in timm's format."""
         with writing(self.path / SUMMARY, force=True) as file:
             for number, row in enumerate(rows):
                 update_summary(

@@ -1,4 +1,8 @@
-"""Randomness without a state to save: every draw is a function of the seed and of where it is."""
+"""Randomness without a state to save: every draw depends only on the seed and on its place.
+
+A *place* is a tuple that names where a draw happens, such as (recipe seed, "image", epoch,
+position). The same place always gives the same draws.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,23 @@ import numpy as np
 import torch
 
 
-def seed_of(*place: int | str) -> int:
-    """A 32-bit seed for a place such as (recipe seed, "image", epoch, position)."""
+def derive_seed(*place: int | str) -> int:
+    """Hash a place to a 32-bit seed."""
     digest = hashlib.blake2b(repr(place).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 
 def seed_all(*place: int | str) -> None:
-    """Seed the generators of Python, NumPy and PyTorch that draw on the CPU."""
-    seed = seed_of(*place)
+    """Seed the CPU generators of Python, NumPy and PyTorch for a place."""
+    seed = derive_seed(*place)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for GPUs every time
 
 
 @contextmanager
-def randomness_kept() -> Iterator[None]:
-    """Give the generators of Python, NumPy and PyTorch (CPU) their states back at the end."""
+def preserve_random_state() -> Iterator[None]:
+    """Restore the CPU generators of Python, NumPy and PyTorch when the context ends."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -1,9 +1,9 @@
-"""The fused split-transform-merge: compiled kernels, their operator, and a plain fall-back."""
+"""The compiled kernels of a deployed network's layers, as PyTorch operators, and a fallback."""
 
-from legocompress.kernels.depthwise import depthwise_conv2d, depthwise_macs
+from legocompress.kernels.depthwise import count_depthwise_macs, depthwise_conv2d
 from legocompress.kernels.library import available, isa, why_unavailable
 from legocompress.kernels.linear import linear
-from legocompress.kernels.operator import ACTIVATIONS, lego_conv2d, lego_conv2d_macs
+from legocompress.kernels.operator import ACTIVATIONS, count_lego_conv2d_macs, lego_conv2d
 from legocompress.kernels.pack import TRANSFORMS, pack, supports
 from legocompress.kernels.pool import MAX_POOL_KERNEL, global_mean, max_pool2d
 from legocompress.kernels.tape import Tape, recording, release_arenas
@@ -28,7 +28,8 @@ __all__ = [
     "why_unavailable",
 ]
 
+# For `FlopCountAnalysis.set_op_handle` of fvcore: how to count the MACs of each operator.
 FVCORE_HANDLES = {
-    "legocompress::lego_conv2d": lego_conv2d_macs,
-    "legocompress::depthwise_conv2d": depthwise_macs,
+    "legocompress::lego_conv2d": count_lego_conv2d_macs,
+    "legocompress::depthwise_conv2d": count_depthwise_macs,
 }

@@ -1,4 +1,4 @@
-"""Depthwise convs by the compiled kernels: the operator legocompress::depthwise_conv2d."""
+"""Depthwise convs on the compiled kernels: the operator legocompress::depthwise_conv2d."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from legocompress.kernels.library import call
 from legocompress.kernels.operator import (
     LIBRARY,
     activation_code,
-    on_plain_tensors,
+    can_skip_dispatcher,
     output_sizes,
     refuse_gradient,
 )
@@ -26,15 +26,7 @@ LIBRARY.define(
 )
 
 
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str,
-) -> Tensor:
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for tensor, n_axes in ((x, 4), (weight, 4), (bias, 1)):
         if tensor is not None and (
             tensor.dtype != torch.float32
@@ -43,15 +35,29 @@ def _run(
             or not tensor.is_contiguous()
         ):
             raise KernelError(
-                "the depthwise kernel runs contiguous float32 maps (N, c, H, W) on the CPU"
+                "the depthwise kernel needs contiguous float32 maps (N, c, H, W) on the CPU"
             )
     n, one, kh, kw = weight.shape
     c = x.shape[1]
     if one != 1 or c < 1 or n % c or kh * kw > MAX_TAPS or (bias is not None and len(bias) != n):
         raise KernelError(
-            f"a weight {tuple(weight.shape)} is no depthwise conv of {c} channels with at most "
-            f"{MAX_TAPS} taps, or its biases are not {n}"
+            f"a weight {tuple(weight.shape)} is not that of a depthwise conv of {c} channels with "
+            f"at most {MAX_TAPS} taps, or there are not {n} biases"
         )
+
+
+def _run_compiled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    _check_tensors(x, weight, bias)
+    n, _, kh, kw = weight.shape
+    c = x.shape[1]
     sizes = output_sizes(x.shape, weight.shape, stride, padding, dilation)
     if min(sizes[2:]) < 1:
         raise KernelError(f"an input of {tuple(x.shape)} leaves no output pixel")
@@ -72,24 +78,26 @@ def depthwise_conv2d(
     dilation: Sequence[int],
     activation: str = "none",
 ) -> Tensor:
-    """A conv whose output channels read one input channel each, and an activation.
+    """Compute a depthwise conv, in which each output channel reads one input channel, and an
+    activation.
 
     Args:
         x: (N, c, H, W).
-        weight: (n, 1, kh, kw), n a multiple of c: n / c output channels for each channel.
+        weight: (n, 1, kh, kw), n a multiple of c: n / c output channels per input channel.
         bias: (n,) or None.
-        stride: of the conv, two numbers.
-        padding: of the conv, two numbers of zero pixels.
-        dilation: of the conv, two numbers.
+        stride: rows and columns.
+        padding: rows and columns of zero pixels on each side.
+        dilation: rows and columns.
         activation: 'none', 'relu', 'relu6' or 'silu'.
 
     Returns:
-        (N, n, H', W'). All are contiguous float32 on the CPU.
+        (N, n, H', W'). All tensors are contiguous float32 on the CPU.
 
     Raises:
-        KernelError: other tensors or sizes, no compiled kernels, or a backward pass.
+        KernelError: a tensor of another dtype, device, layout or size, an unknown activation, no
+            compiled kernels, or a backward pass.
     """
-    run = _run if on_plain_tensors(x) else torch.ops.legocompress.depthwise_conv2d
+    run = _run_compiled if can_skip_dispatcher(x) else torch.ops.legocompress.depthwise_conv2d
     return run(x, weight, bias, stride, padding, dilation, activation)  # type: ignore[no-any-return]
 
 
@@ -105,13 +113,13 @@ def _fake(
     return x.new_empty(output_sizes(x.shape, weight.shape, stride, padding, dilation))
 
 
-LIBRARY.impl("depthwise_conv2d", _run, "CPU")
+LIBRARY.impl("depthwise_conv2d", _run_compiled, "CPU")
 torch.library.register_fake("legocompress::depthwise_conv2d", _fake, lib=LIBRARY)
 torch.library.register_autograd("legocompress::depthwise_conv2d", refuse_gradient, lib=LIBRARY)
 
 
-def depthwise_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count for fvcore: one MAC a tap, for each output pixel."""
+def count_depthwise_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count the MACs for fvcore: one per tap and output pixel."""
     n, _, kh, kw = inputs[1].type().sizes()
     batch, _, height, width = outputs[0].type().sizes()
     return int(batch * n * height * width * kh * kw)

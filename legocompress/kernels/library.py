@@ -1,4 +1,4 @@
-"""The compiled kernels: finding the library, loading it, and calling it."""
+"""Find, load and call the compiled kernels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from legocompress.errors import KernelError
 
-# The status codes in src/calls.h.
-_FAULTS = {
+# What each status code in src/calls.h means.
+_STATUS_MESSAGES = {
     1: "the packed buffer is damaged or was made by another version; pack the unit again",
     2: "the packed buffer names a row that it does not have; pack the unit again",
     3: "the sizes of the call do not fit the packed unit",
     4: "there is not enough memory for the kernel's buffers",
     5: "no kernel runs on this CPU",
 }
-# The structs of those functions there: so many fields, each of 8 bytes.
+# The argument struct of each function in src/calls.h: all its fields are 8 bytes wide.
 _ARGUMENTS = {
     "lego_conv2d": struct.Struct("=21q"),
     "lego_max_pool2d": struct.Struct("=16q"),
@@ -31,23 +31,28 @@ _ARGUMENTS = {
     "lego_depthwise": struct.Struct("=21q"),
     "lego_run": struct.Struct("=2q"),
 }
-Note = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]
-# Told of each call, where somebody records them.
-LISTENER: ContextVar[Note | None] = ContextVar("LISTENER", default=None)
+CallListener = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]
+# `call` reports each call that succeeds to this listener, which `tape.recording` sets.
+LISTENER: ContextVar[CallListener | None] = ContextVar("LISTENER", default=None)
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library and its instruction set, or None and the reason."""
+    """Load the library.
+
+    Returns:
+        The library and the name of its instruction set, or None and the reason why it cannot be
+        used.
+    """
     folder = Path(__file__).parent
-    found = sorted(p for p in folder.glob("_lego.*") if p.suffix in (".so", ".dylib", ".pyd"))
-    if not found:
+    files = sorted(p for p in folder.glob("_lego.*") if p.suffix in (".so", ".dylib", ".pyd"))
+    if not files:
         return None, (
             "legocompress was installed without its compiled kernels; install it again where a "
-            "C++17 compiler (g++ or clang++) is at hand"
+            "C++17 compiler (g++ or clang++) is available"
         )
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(files[0]))
         library.lego_isa.restype = ctypes.c_char_p
         library.lego_isa.argtypes = []
         for name in _ARGUMENTS:
@@ -57,21 +62,21 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled kernels cannot be loaded: {error}"
     isa = library.lego_isa()
     if isa is None:
-        asked = os.environ.get("LEGOCOMPRESS_ISA", "")
+        requested = os.environ.get("LEGOCOMPRESS_ISA", "")
         return None, (
-            f"LEGOCOMPRESS_ISA={asked} names no instruction set that this build and CPU have; "
-            "unset it, or set it to portable"
+            f"LEGOCOMPRESS_ISA={requested} is not an instruction set that both this build and "
+            "this CPU have; unset it, or set it to portable"
         )
     return library, isa.decode()
 
 
 def available() -> bool:
-    """Whether the compiled kernels are there and this CPU can run them."""
+    """Whether the compiled kernels are installed and run on this CPU."""
     return _load()[0] is not None
 
 
 def why_unavailable() -> str | None:
-    """Why the compiled kernels cannot be used, in one sentence; None where they can."""
+    """Why the compiled kernels cannot be used, in one sentence; None if they can."""
     library, text = _load()
     return text if library is None else None
 
@@ -89,15 +94,16 @@ def isa() -> str:
 
 
 def call(function: str, tensors: Sequence[Tensor | None], *numbers: int) -> None:
-    """Run a function of src/calls.h on the fields of its struct, in order.
+    """Call a function of src/calls.h.
 
     Args:
         function: its name.
-        tensors: that its pointers point to, None for null.
-        numbers: the fields after those.
+        tensors: one tensor per pointer at the start of its struct, in order; None for a null
+            pointer.
+        numbers: the integer fields that follow, in order.
 
     Raises:
-        KernelError: there are no compiled kernels, or they refuse the call.
+        KernelError: there are no compiled kernels, or the function returned an error status.
     """
     library, text = _load()
     if library is None:
@@ -105,7 +111,8 @@ def call(function: str, tensors: Sequence[Tensor | None], *numbers: int) -> None
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     status = getattr(library, function)(_ARGUMENTS[function].pack(*pointers, *numbers))
     if status:
-        raise KernelError(f"the fused kernel refused: {_FAULTS.get(status, f'status {status}')}")
+        message = _STATUS_MESSAGES.get(status, f"status {status}")
+        raise KernelError(f"the fused kernel refused the call: {message}")
     listener = LISTENER.get()
     if listener is not None:
         listener(function, tensors, numbers)

@@ -1,4 +1,4 @@
-"""Linear layers by the compiled kernels, on the weights as they are."""
+"""Linear layers on the compiled kernels, which read the weights in their ordinary layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from legocompress.kernels.operator import activation_code
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    """`torch.nn.functional.linear` and an activation; it has no gradient.
+    """Compute `torch.nn.functional.linear` and an activation, without a gradient.
 
     Args:
         x: (N, c).
@@ -20,19 +20,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "no
         activation: 'none', 'relu', 'relu6' or 'silu'.
 
     Returns:
-        (N, n). All are contiguous float32 on the CPU.
+        (N, n). All tensors are contiguous float32 on the CPU.
 
     Raises:
-        KernelError: other tensors or sizes, another activation, or no compiled kernels.
+        KernelError: a tensor of another dtype, device, layout or size, an unknown activation, or
+            no compiled kernels.
     """
     for tensor in (x, weight, bias):
         if tensor is None:
             continue
         if tensor.dtype != torch.float32 or tensor.is_cuda or not tensor.is_contiguous():
-            raise KernelError("the linear kernel runs contiguous float32 tensors on the CPU")
+            raise KernelError("the linear kernel needs contiguous float32 tensors on the CPU")
     n, c = weight.shape
     if x.dim() != 2 or x.shape[1] != c or (bias is not None and bias.shape != (n,)):
-        raise KernelError(f"x is {tuple(x.shape)}; the linear layer wants (N, {c}) and {n} biases")
+        raise KernelError(f"x is {tuple(x.shape)}; the linear layer needs (N, {c}) and {n} biases")
     code = activation_code(activation)
     y = torch.empty((x.shape[0], n), dtype=torch.float32)
     if y.numel():

@@ -13,7 +13,7 @@ from torch import Tensor
 from legocompress.errors import KernelError
 from legocompress.kernels.library import call
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu")
+ACTIVATIONS = ("none", "relu", "relu6", "silu")  # in the order of their codes in src/lego.h
 
 # Typed as Any: its methods carry no annotations.
 LIBRARY: Any = torch.library.Library("legocompress", "DEF")  # type: ignore[no-untyped-call]
@@ -30,10 +30,10 @@ LIBRARY.define(
 
 
 def activation_code(activation: str) -> int:
-    """The library's number of an activation.
+    """The number of an activation in the compiled library.
 
     Raises:
-        KernelError: it has none of this name.
+        KernelError: the activation is not one of ACTIVATIONS.
     """
     if activation not in ACTIVATIONS:
         raise KernelError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -47,47 +47,56 @@ def output_sizes(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[Any, Any, Any, Any]:
-    """Sizes (N, n, H', W') of a conv's output, by those of x and of a weight (n, _, kh, kw)."""
+    """Sizes (N, n, H', W') of a conv's output.
+
+    Args:
+        x: sizes (N, c, H, W) of the input.
+        weight: sizes (n, _, kh, kw) of a weight, or (n, _, kh, kw, _) of a packed unit.
+        stride: rows and columns.
+        padding: rows and columns of zero pixels on each side.
+        dilation: rows and columns.
+    """
     kh, kw = weight[2:4]
     height = (x[2] + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     width = (x[3] + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     return x[0], weight[0], height, width
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last if x is, else contiguous; contiguous if x is both."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
 @functools.lru_cache(maxsize=4096)
-def _geometry(
+def _size_arguments(
     x: tuple[int, ...],
     packed: tuple[int, ...],
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> tuple[tuple[int, int, int, int], tuple[int, ...]]:
-    """Sizes of the output, and the part of the arguments that depends on sizes alone."""
+    """Sizes of the output, and the fields from `batch` to `dilation_w` of the struct LegoCall."""
     if len(x) != 4 or len(packed) != 5:
-        raise KernelError(f"x is {x}; the fused kernel wants (B, c, H, W)")
+        raise KernelError(f"x is {x}; the fused kernel needs (B, c, H, W)")
     sizes = output_sizes(x, packed, stride, padding, dilation)
     if min(sizes[2:]) < 1:
         raise KernelError(f"an input of {x} leaves no output pixel")
     return sizes, (x[0], x[2], x[3], *sizes[2:], *stride, *padding, *dilation)
 
 
-def _check(name: str, tensor: Tensor, sizes: tuple[int, ...] | None) -> None:
+def _check_tensor(name: str, tensor: Tensor, sizes: tuple[int, ...] | None) -> None:
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
         raise KernelError(
             f"{name} is {tensor.dtype} on {tensor.device}; the fused kernel runs float32 on "
             "the CPU, other routes run the rest"
         )
     if sizes is not None and tensor.shape != sizes:
-        raise KernelError(f"{name} is {tuple(tensor.shape)}; the unit wants {sizes}")
+        raise KernelError(f"{name} is {tuple(tensor.shape)}; the unit needs {sizes}")
 
 
-def _run(
+def _run_compiled(
     x: Tensor,
     packed: Tensor,
     bias: Tensor | None,
@@ -98,24 +107,24 @@ def _run(
     activation: str,
     overwrite: bool = False,
 ) -> Tensor:
-    sizes, numbers = _geometry(
+    sizes, numbers = _size_arguments(
         x.shape, packed.shape, tuple(stride), tuple(padding), tuple(dilation)
     )
     code = activation_code(activation)
     if packed.dtype != torch.uint8 or packed.is_cuda or not packed.is_contiguous():
-        raise KernelError("packed is no buffer of legocompress.kernels.pack on the CPU")
-    _check("x", x, None)
-    last = False
+        raise KernelError("packed is not a buffer of legocompress.kernels.pack on the CPU")
+    _check_tensor("x", x, None)
+    channels_last = False
     if not x.is_contiguous():
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        x = x if last else x.contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        x = x if channels_last else x.contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     # The kernel reads contiguous blocks.
     if bias is not None:
-        _check("bias", bias, sizes[1:2])
+        _check_tensor("bias", bias, sizes[1:2])
         bias = bias.contiguous()
     if residual is not None:
-        _check("residual", residual, sizes)
+        _check_tensor("residual", residual, sizes)
         residual = residual.contiguous(memory_format=layout)
     if overwrite and residual is not None and residual.data_ptr() != x.data_ptr():
         y = residual
@@ -123,16 +132,16 @@ def _run(
         y = torch.empty(sizes, dtype=torch.float32, memory_format=layout)
     if sizes[0]:
         tensors = (packed, bias, x, residual, y)
-        rest = (last, code, torch.get_num_threads())
+        rest = (channels_last, code, torch.get_num_threads())
         call("lego_conv2d", tensors, packed.numel(), x.shape[1], *numbers, *rest)
     return y
 
 
-def on_plain_tensors(x: Tensor) -> bool:
-    """Whether an operator may run past PyTorch's dispatcher, which would only pass the call on.
+def can_skip_dispatcher(x: Tensor) -> bool:
+    """Whether PyTorch's dispatcher would only pass the call on, so that it can be skipped.
 
-    The dispatcher costs a Python operator some 20 to 40 microseconds a call. It is kept for
-    gradients, tracing, compilation, modes and subclasses of Tensor.
+    The dispatcher costs a Python operator 20 to 40 microseconds per call. It is needed for
+    gradients, tracing, compilation, dispatch modes and subclasses of Tensor.
     """
     return not (
         type(x) is not Tensor
@@ -154,28 +163,33 @@ def lego_conv2d(
     activation: str,
     overwrite: bool = False,
 ) -> Tensor:
-    """Call the operator of this name, past PyTorch's dispatcher where it may.
+    """Run a packed unit: the operator of this name, without PyTorch's dispatcher where possible.
 
     Args:
-        x: (B, c, H, W) float32, contiguous or channels last; the output has the same format.
-        packed: by `pack`.
+        x: (B, c, H, W) float32, contiguous or channels last.
+        packed: the unit, packed by `pack`.
         bias: (n,) or None.
         residual: (B, n, H', W'), added before the activation, or None.
-        stride: of the conv, two numbers.
-        padding: of the conv, two numbers of zero pixels.
-        dilation: of the conv, two numbers.
+        stride: rows and columns.
+        padding: rows and columns of zero pixels on each side.
+        dilation: rows and columns.
         activation: 'none', 'relu', 'relu6' or 'silu'.
-        overwrite: the output may take the residual's memory, which nobody reads any more; they
-            share none with x.
+        overwrite: allow writing the output into the residual's memory. Set it only if the
+            residual is not read afterwards and shares no memory with x.
+
+    Returns:
+        (B, n, H', W') in the memory format of x.
 
     Raises:
-        KernelError: tensors of another dtype, device or size, or a packed buffer that is damaged.
+        KernelError: a tensor of another dtype, device or size, or a damaged packed buffer.
     """
-    if not on_plain_tensors(x):
+    if not can_skip_dispatcher(x):
         return torch.ops.legocompress.lego_conv2d(  # type: ignore[no-any-return]
             x, packed, bias, residual, stride, padding, dilation, activation
         )
-    return _run(x, packed, bias, residual, stride, padding, dilation, activation, overwrite)
+    return _run_compiled(
+        x, packed, bias, residual, stride, padding, dilation, activation, overwrite
+    )
 
 
 def _lego_conv2d_fake(
@@ -189,11 +203,11 @@ def _lego_conv2d_fake(
     activation: str,
 ) -> Tensor:
     sizes = output_sizes(x.shape, packed.shape, stride, padding, dilation)
-    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 def refuse_gradient(ctx: Any, *gradients: Any) -> Any:
-    """The kernels' backward pass."""
+    """Raise KernelError: the backward pass of every compiled operator."""
     raise KernelError(
         "the compiled kernels have no gradient, since packed filters cannot learn; train with the "
         "route 'assemble'"
@@ -211,25 +225,24 @@ def _lego_conv2d_table(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Split, transform by one plain conv, merge by embedding_bag over the intermediate map."""
-    n_split, n_out, n_terms = index.shape
+    """Split, transform by one plain conv, merge by `embedding_bag` over the intermediate map Z.
+
+    Each fragment of each image becomes one input of the conv. `embedding_bag` then reads Z as a
+    table with one row per (image, fragment, Lego filter), and sums o * k rows per output map.
+    """
+    n_split, n_out, _ = index.shape
     n_lego, width = lego_filters.shape[:2]
     batch, channels, height, columns = x.shape
-    n_parts = groups * n_split
-    missing = n_parts * width - channels
+    n_fragments = groups * n_split
+    missing = n_fragments * width - channels
     if missing:
         x = x.reshape(batch * groups, channels // groups, height, columns)
         x = F.pad(x, (0, 0, 0, 0, 0, missing // groups))
-    parts = x.reshape(batch * n_parts, width, height, columns)
-    z = F.conv2d(parts, lego_filters, None, stride, padding, dilation)
+    fragments = x.reshape(batch * n_fragments, width, height, columns)
+    z = F.conv2d(fragments, lego_filters, None, stride, padding, dilation)
     out_h, out_w = z.shape[2], z.shape[3]
-    table = z.reshape(batch * n_parts * n_lego, out_h * out_w)
-    group = torch.arange(n_out, device=index.device) // (n_out // groups)
-    split = torch.arange(n_split, device=index.device)
-    part = group[None, :] * n_split + split[:, None]
-    slots = (index + part[:, :, None] * n_lego).permute(1, 0, 2).reshape(1, n_out, -1)
-    image = torch.arange(batch, device=index.device)[:, None, None] * (n_parts * n_lego)
-    bags = (slots + image).reshape(batch * n_out, n_split * n_terms)
+    table = z.reshape(batch * n_fragments * n_lego, out_h * out_w)
+    bags = _table_rows(index, batch, n_lego, groups)
     gains = None
     if coefficients is not None:
         gains = coefficients.to(z.dtype).permute(1, 0, 2).reshape(1, n_out, -1)
@@ -239,16 +252,33 @@ def _lego_conv2d_table(
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
 
-LIBRARY.impl("lego_conv2d", _run, "CPU")
+def _table_rows(index: Tensor, batch: int, n_lego: int, groups: int) -> Tensor:
+    """Rows of the table that each output map sums: (batch * n, o * k).
+
+    The row of (image, group g, split i, Lego filter f) is
+    ((image * groups + g) * o + i) * n_lego + f.
+    """
+    n_split, n_out, n_terms = index.shape
+    group = torch.arange(n_out, device=index.device) // (n_out // groups)
+    split = torch.arange(n_split, device=index.device)
+    fragment = group[None, :] * n_split + split[:, None]
+    slots = (index + fragment[:, :, None] * n_lego).permute(1, 0, 2).reshape(1, n_out, -1)
+    image = torch.arange(batch, device=index.device)[:, None, None] * (groups * n_split * n_lego)
+    return (slots + image).reshape(batch * n_out, n_split * n_terms)
+
+
+LIBRARY.impl("lego_conv2d", _run_compiled, "CPU")
 LIBRARY.impl("lego_conv2d_table", _lego_conv2d_table, "CompositeImplicitAutograd")
 torch.library.register_fake("legocompress::lego_conv2d", _lego_conv2d_fake, lib=LIBRARY)
 torch.library.register_autograd("legocompress::lego_conv2d", refuse_gradient, lib=LIBRARY)
 
 
-def lego_conv2d_macs(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count for fvcore: one MAC a filter value and a summed row, for each output pixel.
+def count_lego_conv2d_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count the MACs for fvcore: one per filter value and one per summed row of Z, for each output
+    pixel.
 
-    Read off the packed buffer's size, whose padding counts too: up to 3 % high in small units.
+    The number of filter values is derived from the size of the packed buffer, whose padding counts
+    too: the result is up to 3 % high for small units.
     """
     sizes = outputs[0].type().sizes()
     n_out, n_sum, kh, kw, row_bytes = inputs[1].type().sizes()

@@ -1,4 +1,4 @@
-"""Pooling by the compiled kernels, which wakes none of PyTorch's threads."""
+"""Pooling on the compiled kernels, which does not wake PyTorch's threads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ Pair = tuple[int, int]
 
 
 def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """`torch.nn.functional.max_pool2d` without ceil_mode, the same bits; it has no gradient.
+    """Compute `torch.nn.functional.max_pool2d` bit for bit, without ceil_mode or a gradient.
 
     Args:
         x: (N, c, H, W) float32 on the CPU, contiguous.
-        kernel: its height and width, at most 32 each.
-        stride: of the windows.
-        padding: at most half of the kernel.
-        dilation: of the windows.
+        kernel: height and width of the window, at most 32 each.
+        stride: rows and columns from one window to the next.
+        padding: rows and columns on each side, at most half of the kernel.
+        dilation: rows and columns from one element of a window to the next.
+
+    Returns:
+        (N, c, H', W'), contiguous.
 
     Raises:
-        KernelError: another input, a geometry out of these bounds, or no compiled kernels.
+        KernelError: another kind of input, a geometry outside these bounds, or no compiled
+            kernels.
     """
-    _check(x)
+    _check_maps(x)
     out = [
         (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
@@ -41,15 +45,18 @@ def max_pool2d(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: P
 
 
 def global_mean(x: Tensor) -> Tensor:
-    """The mean of each map (N, c, H, W), as (N, c, 1, 1); it has no gradient.
+    """Compute the mean of each map, without a gradient.
 
     Args:
-        x: float32 on the CPU, contiguous, of at least one pixel.
+        x: (N, c, H, W) float32 on the CPU, contiguous, of at least one pixel.
+
+    Returns:
+        (N, c, 1, 1).
 
     Raises:
-        KernelError: another input, or no compiled kernels.
+        KernelError: another kind of input, or no compiled kernels.
     """
-    _check(x)
+    _check_maps(x)
     n_maps, size = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     y = torch.empty((*x.shape[:2], 1, 1), dtype=torch.float32)
     if n_maps:
@@ -57,6 +64,8 @@ def global_mean(x: Tensor) -> Tensor:
     return y
 
 
-def _check(x: Tensor) -> None:
+def _check_maps(x: Tensor) -> None:
     if x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 4 or not x.is_contiguous():
-        raise KernelError("the pooling kernels run contiguous float32 maps (N, c, H, W) on the CPU")
+        raise KernelError(
+            "the pooling kernels need contiguous float32 maps (N, c, H, W) on the CPU"
+        )

@@ -25,6 +25,7 @@ from legocompress.models.preprocessing import (
 from legocompress.models.probe import model_cfg
 from legocompress.models.resolution import explain_unknown_name, list_names, resolve
 from legocompress.models.weights import load_state_, load_weights_
+from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
 
 # Arguments of the library's factory functions. A file must not be able to set any of them.
@@ -98,10 +99,10 @@ def create(
     if weights is not None:
         load_weights_(model, Path(weights))
     origin = f"file {Path(weights).name}" if weights else name if fetch else f"random, seed {seed}"
-    noted: Any = model
+    network: Any = model
     base = adapt_to_channels(cfg or model_cfg(model), in_chans)
-    noted.pretrained_cfg = {**base, **fit_preprocessing(preprocess or {}, base, in_chans)}
-    noted.lego_source = replace(source, weights=origin)
+    network.pretrained_cfg = {**base, **fit_preprocessing(preprocess or {}, base, in_chans)}
+    lego_state(model).source = replace(source, weights=origin)
     return model.eval()
 
 

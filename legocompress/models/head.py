@@ -14,6 +14,7 @@ from legocompress.lego.module import LegoModule
 from legocompress.models.factory import build
 from legocompress.models.probe import model_cfg
 from legocompress.models.source import source_of
+from legocompress.state.model_state import lego_state
 
 
 def reset_classifier_(model: nn.Module, num_classes: int, seed: int = 0) -> nn.Module:
@@ -50,8 +51,8 @@ def reset_classifier_(model: nn.Module, num_classes: int, seed: int = 0) -> nn.M
             )
         parent, _, last = owner.rpartition(".")
         setattr(model.get_submodule(parent), last, fresh.get_submodule(owner).to(parameter.device))
-    noted: Any = model.to(next(iter(ours.values())).device)
-    noted.num_classes = num_classes
-    noted.lego_source = source
-    noted.pretrained_cfg = {**model_cfg(model), "num_classes": num_classes}
+    network: Any = model.to(next(iter(ours.values())).device)
+    network.num_classes = num_classes
+    lego_state(model).source = source
+    network.pretrained_cfg = {**model_cfg(model), "num_classes": num_classes}
     return model

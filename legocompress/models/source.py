@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from legocompress.models.probe import model_cfg
+from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
 
 
@@ -16,7 +17,7 @@ def source_of(model: nn.Module) -> Source:
     `create` records it on the model. For other models of timm it follows from their configuration;
     for any other network the library of the source is None.
     """
-    source = getattr(model, "lego_source", None)
+    source = lego_state(model).source
     if not isinstance(source, Source):
         architecture = model_cfg(model).get("architecture")
         if not architecture or not type(model).__module__.startswith("timm."):

@@ -22,6 +22,7 @@ from legocompress.report.latency import time_routes
 from legocompress.report.macs import count_macs_with_fvcore
 from legocompress.report.results import Latency, LayerReport, Report
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 
 LAYERS: tuple[type[nn.Module], ...] = (LegoModule, *WEIGHT_LAYERS)
 
@@ -61,7 +62,7 @@ def _layer_rows(model: nn.Module, calls: dict[nn.Module, Calls]) -> tuple[LayerR
 
     A layer whose weight an earlier row has counted (shared weights) gets no row.
     """
-    record = getattr(model, "lego_record", None)
+    record = lego_state(model).conversion
     skipped = record.skipped if isinstance(record, ConversionRecord) else {}
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
     layers.sort(key=lambda pair: calls[pair[1]].order if pair[1] in calls else len(layers))

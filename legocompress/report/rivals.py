@@ -23,8 +23,9 @@ import torchvision
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.network import deploy_
+from legocompress.deploy import deploy_
 from legocompress.state.deployment import Format
+from legocompress.state.model_state import lego_state
 
 Against = Literal["dense", "torchvision", "onnxruntime", "openvino"]
 AGAINST: tuple[Against, ...] = get_args(Against)
@@ -227,7 +228,7 @@ def _build_winograd(model: nn.Module, x: Tensor) -> Form:
         raise _LeftOut(str(kernels.why_unavailable()))
     model = copy.deepcopy(model)
     deploy_(model, x, only=("onednn", "winograd"))
-    deployment: Any = model.lego_deployment
+    deployment: Any = lego_state(model).deployment
     if "winograd" not in deployment.choices.routes.values():
         raise _LeftOut("no layer of the network is fastest by Winograd")
     return lambda: model(x)

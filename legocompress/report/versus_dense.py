@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from legocompress import kernels
-from legocompress.deploy.choices import DENSE_ROUTES
-from legocompress.deploy.network import Deployment, deploy_, undeploy_
-from legocompress.deploy.timing import interleaved, settling
+from legocompress.deploy import Deployment, deploy_, undeploy_
+from legocompress.deploy.backends import DENSE_ROUTES
+from legocompress.deploy.timing import cool_down_seconds, time_interleaved
 from legocompress.errors import UsageError
 from legocompress.lego.surgery import to_dense
 from legocompress.models.probe import default_input
@@ -22,11 +22,12 @@ from legocompress.report.measurement import measure
 from legocompress.report.memory import measure_peak_bytes
 from legocompress.report.results import LayerReport, Report
 from legocompress.report.rivals import AGAINST, RIVALS, Against, Form, build_rivals
+from legocompress.state.model_state import lego_state
 
 LEGO = "lego"
 # After a form has run, its threads keep spinning for a while on the cores that the next form needs.
 # So each form runs untimed for this long before it is timed.
-SETTLE_SECONDS = 0.1
+COOL_DOWN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _run_benchmark(
     with torch.no_grad():
         extra = dict(also(undeploy_(model), x)) if also is not None else {}
     deploy_(model, x, remeasure=True)
-    deployment: Deployment = model.lego_deployment  # type: ignore[assignment]
+    deployment: Deployment = lego_state(model).deployment  # type: ignore[assignment]
     rivals: dict[str, Form] = {}
     left_out: dict[str, str] = {}
     for name, form in build_rivals(dense, architecture, x, against, announce):
@@ -177,23 +178,25 @@ def _run_benchmark(
             rivals[name] = form
     forms: dict[str, Form] = {LEGO: lambda: model(x), **extra, **rivals}
     with torch.no_grad():
-        settle = settling(x.device, SETTLE_SECONDS)
-        taken = interleaved(forms, x.device, rounds, seconds, warm=True, settle=settle)
+        cool_down = cool_down_seconds(x.device, COOL_DOWN_SECONDS)
+        form_times = time_interleaved(
+            forms, x.device, rounds, seconds, warm=True, cool_down=cool_down
+        )
         peaks = {name: _measure_peak(name, form) for name, form in forms.items()}
-    return _summarize_run(x, theory, deployment, taken, peaks, list(rivals), left_out)
+    return _summarize_run(x, theory, deployment, form_times, peaks, list(rivals), left_out)
 
 
 def _summarize_run(
     x: Tensor,
     theory: Report,
     deployment: Deployment,
-    taken: dict[str, list[float]],
+    form_times: dict[str, list[float]],
     peaks: dict[str, int | None],
     rival_names: list[str],
     left_out: dict[str, str],
 ) -> BenchmarkRun:
-    """Reduce the times `taken` (seconds, by form) to the figures of the report."""
-    medians = {name: statistics.median(times) for name, times in taken.items()}
+    """Reduce the `form_times` (seconds, by form) to the figures of the report."""
+    medians = {name: statistics.median(times) for name, times in form_times.items()}
     strongest = min(rival_names or [LEGO], key=lambda name: medians[name])
     totals = theory.totals()
     machine = deployment.choices.machine
@@ -205,13 +208,13 @@ def _summarize_run(
         processor=machine.processor,
         instructions=machine.instructions,
         clock="CPU time" if machine.threads == 1 else "wall clock",
-        rounds=min(map(len, taken.values())),
+        rounds=min(map(len, form_times.values())),
         strongest=strongest,
         bound=totals["dense_macs"] / totals["macs"],
         bound_used=totals["dense_macs"] / totals["macs_used_only"],
         forms=tuple(
             _form_time(name, times, medians[strongest], peaks[name])
-            for name, times in taken.items()
+            for name, times in form_times.items()
         ),
         left_out=left_out,
         layers=tuple(_layer_times(deployment, theory.rows)),

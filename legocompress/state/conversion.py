@@ -10,7 +10,8 @@ from legocompress.spec import LegoSpec
 
 @dataclass(frozen=True)
 class ConversionRecord:
-    """What a conversion was asked for and what it left dense, kept as `model.lego_record`.
+    """What a conversion was asked for and what it left dense, stored as
+    `lego_state(model).conversion`.
 
     `recipe` is what the network was fine-tuned by.
     """

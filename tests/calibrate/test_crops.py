@@ -24,6 +24,7 @@ class Numbers(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return torch.tensor([float(position), float(torch.rand(()))]), position
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_photos", [3, 10, 28])
 def test_each_photo_is_cropped_as_often_and_judged_by_chance(n_photos: int) -> None:
     crops = Crops(Numbers(), n_photos, 4 * HELD_OUT, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 import legocompress as lego
@@ -12,6 +13,7 @@ from legocompress.calibrate.stream import run_to
 from tests.support.calibrating import NAME, Twice, converted, demo_images
 
 
+@pytest.mark.slow
 def test_running_on_from_a_cut_gives_the_same_calls() -> None:
     network = lego.create(NAME)
     student = converted(network).eval()

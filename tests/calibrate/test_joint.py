@@ -66,6 +66,7 @@ def test_a_low_rate_must_lead_by_more_than_a_short_trial_gives_it(
     assert rates == [4e-3, 1e-3, chosen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rates", [(1e6, 4e-3), (4e-3, 1e6)])
 def test_tuning_takes_the_rate_that_serves_better(
     monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]

@@ -14,6 +14,7 @@ from legocompress.state.calibration import LayerRepair
 from tests.support.calibrating import NAME, converted, demo_images
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     original = lego.create(NAME)
     images = demo_images(40)

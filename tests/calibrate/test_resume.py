@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # Imports once, then forks: each child calibrates, and is killed while it repairs a layer.
 DRIVER = """
@@ -54,6 +56,7 @@ print(n_layers, n_done + 1)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     words = [sys.executable, "-W", "ignore", "-c", DRIVER, str(tmp_path)]
     ran = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)

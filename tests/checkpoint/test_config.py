@@ -25,11 +25,11 @@ def test_what_made_the_network_survives(tmp_path: Path) -> None:
     model: Any = small(k=2, dtype="bf16", rules=["layer1.*:m=0.5"], skip=["layer4.0.conv2"])
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.7}
     loaded: Any = lego.load(lego.save(model, tmp_path / "a"))
-    assert isinstance(loaded.lego_record, ConversionRecord)
-    assert loaded.lego_record == model.lego_record
-    assert loaded.lego_record.skipped["layer4.0.conv2"] == "skipped by name"
-    assert loaded.lego_source == model.lego_source
-    assert loaded.lego_source == Source(
+    assert isinstance(lego.lego_state(loaded).conversion, ConversionRecord)
+    assert lego.lego_state(loaded).conversion == lego.lego_state(model).conversion
+    assert lego.lego_state(loaded).conversion.skipped["layer4.0.conv2"] == "skipped by name"
+    assert lego.lego_state(loaded).source == lego.lego_state(model).source
+    assert lego.lego_state(loaded).source == Source(
         "timm", "resnet18", {**SMALL, "num_classes": 10}, "random, seed 0"
     )
     for key, value in model.pretrained_cfg.items():
@@ -76,6 +76,7 @@ def test_a_classifier_that_was_reset_is_rebuilt(tmp_path: Path) -> None:
     assert torch.equal(lego.load(tmp_path / "a")(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_network_from_a_folder_is_rebuilt_with_its_classes(tmp_path: Path) -> None:
     own = timm.create_model("convnext_atto", num_classes=7)
     timm.models.save_for_hf(own, tmp_path / "hub", safe_serialization=True)

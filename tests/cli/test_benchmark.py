@@ -1,4 +1,4 @@
-"""`legocompress benchmark`: what it prints, keeps and refuses."""
+"""`benchmark` on the command line: what it prints, saves and refuses."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def run(*words: object) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_tables_and_saved_choices(folder: Path) -> None:
     ran = run(folder, "--batch", 1, 2, "--threads", 1, "--against", "dense", "torchvision",
               "--img-size", 32, "--rounds", 2, "--layers", "--save")  # fmt: skip
@@ -40,25 +41,26 @@ def test_tables_and_saved_choices(folder: Path) -> None:
                  "left out: torch.compile: no time was given", "layer1.0.conv1", "theory",
                  "the speed of the strongest dense form", "keeps these routes"):  # fmt: skip
         assert text in ran.output, text
-    shapes = [hint.machine.input_shapes[0] for hint in lego.load(folder).lego_choices]
+    shapes = [hint.machine.input_shapes[0] for hint in lego.lego_state(lego.load(folder)).choices]
     assert shapes == [(1, 3, 32, 32), (2, 3, 32, 32)]
 
 
-def test_json_is_what_the_library_says(folder: Path) -> None:
+@pytest.mark.slow
+def test_json_holds_what_the_library_measures(folder: Path) -> None:
     before = (folder / "config.json").read_bytes()
     ran = run(
         "--against", "dense", "--img-size", 32, "--rounds", 2, "--threads", 1, folder, "--json"
     )
-    (found,) = json.loads(ran.output)
-    assert found["ratio"] == found["forms"][0]["ratio"]
-    assert found["forms"][0]["form"] == "lego"
-    assert found["strongest"] in [form["form"] for form in found["forms"][1:]]
-    assert len(found["layers"]) == len(list(lego.lego_modules(lego.load(folder))))
+    (printed,) = json.loads(ran.output)
+    assert printed["ratio"] == printed["forms"][0]["ratio"]
+    assert printed["forms"][0]["form"] == "lego"
+    assert printed["strongest"] in [form["form"] for form in printed["forms"][1:]]
+    assert len(printed["layers"]) == len(list(lego.lego_modules(lego.load(folder))))
     assert (folder / "config.json").read_bytes() == before
 
 
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no compressed folder"):
+    with pytest.raises(CheckpointError, match="is not a compressed folder"):
         run(tmp_path)
     with pytest.raises(UsageError, match="cores"):
         run(folder, "--threads", 100_000)

@@ -72,6 +72,7 @@ def test_several_numbers_of_terms_at_once_equal_those_one_by_one(coefficients: b
                 assert one is other is None or torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_bank() -> None:
     # The seed decides how fragments are dealt into blocks, so it needs several blocks to show.
     x = random_rows(4100, 4)
@@ -117,6 +118,7 @@ DEGENERATE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize(("n_terms", "coefficients"), FORMS)
 def test_degenerate_inputs(name: str, n_terms: int, coefficients: bool) -> None:

@@ -34,6 +34,7 @@ def pick_by_size(score: Tensor) -> tuple[Tensor, Tensor]:
     return score.gather(1, label[:, None])[:, 0], label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_error_is_lower_than_that_of_the_textbook_from_five_starts(signed: bool, seed: int) -> None:
@@ -54,6 +55,7 @@ def test_a_case_small_enough_to_enumerate_is_solved_optimally() -> None:
     assert float((x - assemble(unit)).square().sum()) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_fragments", [300, 4100])
 def test_every_fragment_has_its_nearest_filter(n_fragments: int) -> None:
     x = random_rows(n_fragments, 9).double()
@@ -65,6 +67,7 @@ def test_every_fragment_has_its_nearest_filter(n_fragments: int) -> None:
     assert int(n_uses.min()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_fragments", [300, 4100])
 def test_every_fragment_has_its_best_filter_and_gain(n_fragments: int) -> None:
     x = random_rows(n_fragments, 9).double()
@@ -90,6 +93,7 @@ def test_planted_bank_is_found(coefficients: bool) -> None:
     assert len(torch.unique(torch.stack([label, unit.index[:, 0]]), dim=1)[0]) == 32
 
 
+@pytest.mark.slow
 def test_no_worse_than_scikit_learn() -> None:
     sklearn_cluster = pytest.importorskip("sklearn.cluster")
     x = random_rows(600, 40) * torch.linspace(0.2, 2, 600)[:, None]

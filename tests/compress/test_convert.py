@@ -24,6 +24,7 @@ from legocompress.lego.surgery import to_dense_
 from legocompress.models.factory import create
 from legocompress.spec import LegoSpec
 from legocompress.state.conversion import ConversionRecord
+from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
 
 IMAGE = torch.zeros(1, 3, 12, 12)
@@ -94,6 +95,7 @@ def test_a_bank_of_all_fragments_is_bit_equal(o: int, k: int, coefficients: bool
     assert model(x).std() > 0
 
 
+@pytest.mark.slow
 def test_resnet18_of_grey_images_is_bit_equal_when_exact() -> None:
     model = randomised(timm.create_model("resnet18", pretrained=False, in_chans=1))
     dense, image = copy.deepcopy(model), torch.zeros(1, 1, 32, 32)
@@ -105,6 +107,7 @@ def test_resnet18_of_grey_images_is_bit_equal_when_exact() -> None:
     assert torch.equal(model(x), dense(x))
 
 
+@pytest.mark.slow
 def test_a_training_form_is_bit_equal_to_its_deployed_form_when_exact() -> None:
     model = randomised(timm.create_model("repvgg_a0", pretrained=False))
     deployed = reparameterize_model(copy.deepcopy(model))
@@ -113,8 +116,8 @@ def test_a_training_form_is_bit_equal_to_its_deployed_form_when_exact() -> None:
     model = convert_(model, made)
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(x), deployed(x))
-    assert model.lego_source.reparameterized
-    assert model.lego_source.architecture == "repvgg_a0"
+    assert lego_state(model).source.reparameterized
+    assert lego_state(model).source.architecture == "repvgg_a0"
     block = model.get_submodule("stages.0.0")
     with pytest.raises(DenseOnlyError, match="to_dense"):
         block.reparameterize()
@@ -176,6 +179,7 @@ def test_the_same_seed_gives_the_same_bytes(coefficients: bool, k: int) -> None:
     assert same_bytes(first, again)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_bytes_where_chance_plays_a_part() -> None:
     # More than 4,096 fragments are clustered in random blocks; fewer need no chance.
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2100, 1))
@@ -216,6 +220,7 @@ def test_weights_that_are_not_finite_stop_it_before_anything_changes(value: floa
     assert [name for name, _ in lego_modules(rest)] == ["3", "6", "10"]
 
 
+@pytest.mark.slow
 def test_a_training_form_with_bad_weights_is_not_changed_either() -> None:
     model = timm.create_model("repvgg_a0", pretrained=False).train()
     made = plan(model, LegoSpec(only=["stages.0.*"]), torch.zeros(1, 3, 32, 32))
@@ -325,6 +330,7 @@ def test_the_noted_error_is_that_of_the_assembled_weight() -> None:
         assert 0 < expected < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coefficients", [True, False])
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e15, 1e25])
@@ -363,6 +369,7 @@ def test_weights_of_zero_stay_zero() -> None:
     assert all(bool(p.isfinite().all()) for p in layer.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_networks_of_other_dtypes_keep_theirs(dtype: torch.dtype, storage: str) -> None:
@@ -407,16 +414,16 @@ def test_source_and_record_are_noted() -> None:
     model: Any = small_cnn()
     made = plan(model, LegoSpec(m=0.25, skip=["7"]), IMAGE)
     convert_(model, made, seed=5)
-    assert model.lego_source == Source(None, None)
-    assert model.lego_record == ConversionRecord(made.spec, 5, made.skipped)
-    assert model.lego_record.skipped["7"] == "skipped by name"
+    assert lego_state(model).source == Source(None, None)
+    assert lego_state(model).conversion == ConversionRecord(made.spec, 5, made.skipped)
+    assert lego_state(model).conversion.skipped["7"] == "skipped by name"
 
 
 def test_the_source_of_a_created_model_is_kept() -> None:
     model: Any = create("resnet18", pretrained=False, num_classes=7, in_chans=1, seed=3)
-    noted = model.lego_source
+    noted = lego_state(model).source
     converted(model, image=torch.zeros(1, 1, 32, 32), only=["layer1.*"])
-    assert model.lego_source == noted
+    assert lego_state(model).source == noted
     assert noted.architecture == "resnet18"
     assert not noted.reparameterized
 

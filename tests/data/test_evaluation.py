@@ -49,7 +49,7 @@ def test_evaluation_by_hand() -> None:
     assert found.agreement == pytest.approx(75)
     assert found.output_error == pytest.approx(9 / float(other.norm()), rel=1e-5)
     alone = lego.evaluate(model, batches(x, labels, 1))
-    assert (alone.top1, alone.top5) == (pytest.approx(100 / 3), pytest.approx(200 / 3))
+    assert (alone.top1, alone.top5) == (pytest.approx(100 / 3), pytest.approx(200 / 3))  # type: ignore[comparison-overlap]
     assert (alone.original_top1, alone.agreement, alone.output_error) == (None, None, None)
 
 

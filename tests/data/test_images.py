@@ -394,6 +394,7 @@ def test_preprocessing_that_makes_no_sense(tmp_path: Path, cfg: dict[str, Any]) 
         tensors(lego.open_images(where, model(**cfg)))
 
 
+@pytest.mark.slow
 def test_a_reader_ends_when_its_process_is_already_gone() -> None:
     # PyTorch's own watch would take the process that adopted the reader for the one to watch.
     code = (

@@ -16,14 +16,14 @@ from tests.support.deploying import X, converted, deployed, relative
 
 def test_choices_are_replayed_to_the_bit() -> None:
     model, _ = deployed()
-    choices = model.lego_deployment.choices
-    assert model.lego_deployment.milliseconds.keys() == choices.routes.keys()
+    choices = lego.lego_state(model).deployment.choices
+    assert lego.lego_state(model).deployment.milliseconds.keys() == choices.routes.keys()
     with torch.no_grad():
         expected = model(X)
         lego.deploy_(model, X, choices=choices)
         assert torch.equal(model(X), expected)
-    assert model.lego_deployment.choices == choices
-    assert model.lego_deployment.milliseconds == {}
+    assert lego.lego_state(model).deployment.choices == choices
+    assert lego.lego_state(model).deployment.milliseconds == {}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_choices_are_replayed_to_the_bit() -> None:
 )
 def test_choices_of_another_network_are_refused(change: dict[str, Any], word: str) -> None:
     model, expected = deployed()
-    choices = model.lego_deployment.choices
+    choices = lego.lego_state(model).deployment.choices
     if change.get("routes"):
         change = {"routes": {**choices.routes, **change["routes"]}}
     with pytest.raises(DeployError, match=word):
@@ -59,24 +59,26 @@ def hinted(tmp_path: Path) -> Path:
     return lego.save(model, tmp_path / "hinted")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_keeps_the_choices_as_a_hint(tmp_path: Path) -> None:
     folder = hinted(tmp_path)
     model = lego.load(folder)
     image = torch.randn(1, 3, 32, 32)
-    (choices,) = model.lego_choices
+    (choices,) = lego.lego_state(model).choices
     lego.deploy_(model, image)
-    assert model.lego_deployment.hint_used
-    assert model.lego_deployment.choices == choices
+    assert lego.lego_state(model).deployment.hint_used
+    assert lego.lego_state(model).deployment.choices == choices
     lego.deploy_(model, image, seconds=0, remeasure=True)
-    assert not model.lego_deployment.hint_used
+    assert not lego.lego_state(model).deployment.hint_used
     lego.deploy_(model, torch.randn(2, 3, 32, 32), seconds=0)  # another batch
-    assert not model.lego_deployment.hint_used
-    shapes = [hint.machine.input_shapes[0] for hint in model.lego_choices]
+    assert not lego.lego_state(model).deployment.hint_used
+    shapes = [hint.machine.input_shapes[0] for hint in lego.lego_state(model).choices]
     assert shapes == [(1, 3, 32, 32), (2, 3, 32, 32)]
     lego.save(model, tmp_path / "again")
-    assert lego.load(tmp_path / "again").lego_choices == model.lego_choices
+    assert lego.lego_state(lego.load(tmp_path / "again")).choices == lego.lego_state(model).choices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -102,5 +104,5 @@ def test_a_hint_of_another_network_is_not_used(tmp_path: Path) -> None:
     config["compression_config"]["deployment"][0]["routes"] = {"nowhere": "fused"}
     (folder / "config.json").write_text(json.dumps(config))
     model = lego.deploy_(lego.load(folder), torch.randn(1, 3, 32, 32), seconds=0)
-    assert not model.lego_deployment.hint_used
-    assert "conv1" in model.lego_deployment.choices.routes
+    assert not lego.lego_state(model).deployment.hint_used
+    assert "conv1" in lego.lego_state(model).deployment.choices.routes

@@ -109,6 +109,7 @@ OLD_TIMM = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 23)
 needs_timm = pytest.mark.skipif(OLD_TIMM, reason="timm 1.0.22 reads a folder's file as pickle")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_dtype_in_memory_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     model = converted(timm.create_model("resnet18", num_classes=7, **SMALL).to(dtype), dtype="fp16")
@@ -143,6 +144,7 @@ def test_an_existing_file_needs_force(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.slow
 @needs_timm
 def test_the_dense_state_loads_where_this_package_is_not_installed(
     tmp_path: Path, elsewhere: Callable[[str], str]
@@ -195,6 +197,7 @@ def test_a_timm_folder_keeps_classes_channels_and_preprocessing(tmp_path: Path) 
     assert lego.open_model(str(folder)).pretrained_cfg["crop_pct"] == 0.95
 
 
+@pytest.mark.slow
 def test_what_timm_does_not_build_is_refused_as_its_folder(tmp_path: Path) -> None:
     model = lego.create("torchvision/squeezenet1_1", pretrained=False)
     converted(model, only=["features.3.expand1x1"])

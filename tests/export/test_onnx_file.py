@@ -81,6 +81,7 @@ def files(int8: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", onnx_file.FORMS)
 def test_every_form_gives_the_network_s_outputs(
     form: str, files: dict[str, lego.Exported], int8: nn.Module

@@ -130,7 +130,7 @@ def test_a_fused_program_calls_the_kernels_and_needs_this_package(
     def times(forms: dict[str, Any], *_: Any, **__: Any) -> dict[str, list[float]]:
         return {name: [float(name not in ("fused", "nchw fastest"))] for name in forms}
 
-    monkeypatch.setattr("legocompress.deploy.tune.interleaved", times)
+    monkeypatch.setattr("legocompress.deploy.autotune.time_interleaved", times)
     model = timm.create_model("resnet18", num_classes=7, **SMALL).eval()
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.normal_(norm.running_mean)
@@ -142,7 +142,7 @@ def test_a_fused_program_calls_the_kernels_and_needs_this_package(
     for unit in units:  # as training leaves them: not rounded
         unit.lego_filters.data += 1e-3 * torch.randn_like(unit.lego_filters)
     found = lego.export_program(model, tmp_path / "x.pt2", "fused", example_input=image)
-    assert "lego_deployment" not in model.__dict__
+    assert lego.lego_state(model).deployment is None
     program = torch.export.load(found.path)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert called.count("legocompress.lego_conv2d.default") >= len(units)

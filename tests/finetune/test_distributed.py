@@ -1,4 +1,4 @@
-"""Several processes compute what one does; torchrun starts a dead one again."""
+"""Several processes compute the same as one; torchrun restarts one that died."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ import pytest
 import torch
 
 import legocompress as lego
-from legocompress.finetune.distributed import Processes, from_environment, meet, restarted
+from legocompress.finetune.distributed import (
+    Processes,
+    agree_on_store,
+    has_restarted,
+    read_processes,
+)
 from legocompress.finetune.loop import finetune_
 from legocompress.lego.module import lego_modules
 from tests.support.tiny import compressed, recipe, write_images
 
 ROOT = Path(__file__).parents[2]
-# Forks two processes that join over gloo, since starting Python twice would take longer.
+# Forks two processes that join over gloo; starting Python twice would take longer.
 DRIVER = """
 import os, sys
 import torch
 torch.set_num_threads(1)
 import legocompress as lego
-from legocompress.lego.module import lego_modules
-from legocompress.finetune.distributed import from_environment, joined
+from legocompress.finetune.distributed import join_process_group, read_processes
 from legocompress.finetune.loop import finetune_
 from tests.support.tiny import compressed, recipe
 
@@ -39,11 +43,11 @@ place, changes = sys.argv[1], eval(sys.argv[2])
 model = compressed(k=2)
 
 def train():
-    found = recipe(**changes)
-    data = lego.open_training(model, found, f"{place}/images.npz")
-    processes = from_environment()
-    with joined(processes, torch.device("cpu")):
-        finetune_(model, found, *data, out=f"{place}/two", processes=processes)
+    settings = recipe(**changes)
+    data = lego.open_training(model, settings, f"{place}/images.npz")
+    processes = read_processes()
+    with join_process_group(processes, torch.device("cpu")):
+        finetune_(model, settings, *data, out=f"{place}/two", processes=processes)
     torch.save(model.state_dict(), f"{place}/rank{processes.rank}.pt")
 
 os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3])
@@ -72,24 +76,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def two(place: Path, changes: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-    """The states that two processes end with."""
-    words = [sys.executable, "-W", "ignore", "-c", DRIVER, str(place), repr(changes)]
+def train_in_two_processes(place: Path, changes: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    """Train in two processes, and return the state dict that each ends with."""
+    command = [sys.executable, "-W", "ignore", "-c", DRIVER, str(place), repr(changes)]
     ran = subprocess.run(
-        [*words, str(free_port())], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, str(free_port())], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
     return [torch.load(place / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def one(place: Path, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
-    model, found = compressed(k=2), recipe(**changes)
-    data = lego.open_training(model, found, f"{place}/images.npz")
-    finetune_(model, found, *data, out=place / "one")
+def train_in_one_process(place: Path, changes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Train in this process, and return the state dict."""
+    model, settings = compressed(k=2), recipe(**changes)
+    data = lego.open_training(model, settings, f"{place}/images.npz")
+    finetune_(model, settings, *data, out=place / "one")
     return model.state_dict()
 
 
-def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: str = "none") -> None:
+def check_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: str = "none") -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         if value.is_floating_point() and but not in name:
@@ -100,33 +105,37 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], but: str = "no
 
 @pytest.mark.slow
 def test_two_processes_equal_one_at_the_same_batch(tmp_path: Path) -> None:
-    """Norms by their running statistics: those of a batch would differ from those of its half."""
+    """With running statistics: those of a batch would differ from those of its halves."""
     write_images(tmp_path / "images.npz")
     changes = {"stages": STAGES, "norm_stats": "frozen", "balance": 0.01, "clip": {"value": 1.0},
                "ema": {"decay": 0.9}}  # fmt: skip
-    ranks = two(tmp_path, changes)
+    ranks = train_in_two_processes(tmp_path, changes)
     for name in ranks[0]:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
-    alone = one(tmp_path, changes)
-    close(ranks[0], alone)
+    single = train_in_one_process(tmp_path, changes)
+    check_close(ranks[0], single)
     before = compressed(k=2)
-    moved = [not torch.equal(alone[f"{name}.index"], m.index) for name, m in lego_modules(before)]
+    moved = [not torch.equal(single[f"{name}.index"], m.index) for name, m in lego_modules(before)]
     assert any(moved)
     rows = [(tmp_path / name / "summary.csv").read_text().splitlines() for name in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 3
-    for ours, theirs in zip(*rows, strict=True):
-        for a, b in zip(ours.split(","), theirs.split(","), strict=True):
+    for row, other_row in zip(*rows, strict=True):
+        for a, b in zip(row.split(","), other_row.split(","), strict=True):
             assert a == b or float(a) == pytest.approx(float(b), rel=1e-3)
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates_two_parts(tmp_path: Path) -> None:
-    """Norms by each part's statistics; their running ones, which nothing trains by, may differ."""
+    """With each part's statistics. Running statistics, which training does not use, may differ."""
     write_images(tmp_path / "images.npz")
-    ranks = two(tmp_path, {"stages": STAGES})
+    ranks = train_in_two_processes(tmp_path, {"stages": STAGES})
     for name in ranks[0]:
         assert torch.equal(ranks[0][name], ranks[1][name]), name
-    close(ranks[0], one(tmp_path, {"stages": STAGES, "accumulate": 2}), but="running_")
+    check_close(
+        ranks[0],
+        train_in_one_process(tmp_path, {"stages": STAGES, "accumulate": 2}),
+        but="running_",
+    )
 
 
 @pytest.mark.slow
@@ -150,7 +159,7 @@ def test_torchrun_starts_a_dead_process_again(tmp_path: Path) -> None:
             deadline = time.monotonic() + 200
             while not state.exists() and run.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.05)
-            victim = _child_of(run.pid)
+            victim = _find_child(run.pid)
             os.kill(victim, signal.SIGKILL)
             assert run.wait(timeout=120) == 0, (tmp_path / "log").read_text()[-3000:]
         finally:
@@ -163,8 +172,8 @@ def test_torchrun_starts_a_dead_process_again(tmp_path: Path) -> None:
     lego.load(tmp_path / "net-ft" / "best")
 
 
-def _child_of(parent: int) -> int:
-    """A process that `parent` started to train."""
+def _find_child(parent: int) -> int:
+    """Find a process that `parent` started to train."""
     for place in Path("/proc").glob("[0-9]*"):
         try:
             stat = (place / "stat").read_text().rpartition(")")[2].split()
@@ -176,30 +185,30 @@ def _child_of(parent: int) -> int:
     raise AssertionError("no process found")
 
 
-def test_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_torchrun_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    assert from_environment() == Processes(0, 1, 0)
-    assert not restarted()
+    assert read_processes() == Processes(0, 1, 0)
+    assert not has_restarted()
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert from_environment() == Processes(5, 8, 1)
+    assert read_processes() == Processes(5, 8, 1)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
+    assert has_restarted()
 
 
-def test_one_process_alone_sums_itself() -> None:
+def test_a_single_process_sums_its_own_values() -> None:
     assert Processes().sum(1, 2.5) == [1, 2.5]
     assert Processes().first
 
 
-def test_processes_meet_where_earlier_ones_have_left_their_words() -> None:
-    store, patience = torch.distributed.HashStore(), timedelta(seconds=20)
+def test_processes_agree_on_a_store_that_holds_entries_of_earlier_ones() -> None:
+    store, patience = torch.distributed.HashStore(), timedelta(seconds=20)  # type: ignore[attr-defined]
 
     def start(word: str) -> None:
         with ThreadPoolExecutor(3) as pool:
-            late = pool.submit(lambda: (time.sleep(0.2), meet(store, 2, 3, patience))[1])
-            parts = [pool.submit(meet, store, rank, 3, patience) for rank in (0, 1)]
+            late = pool.submit(lambda: (time.sleep(0.2), agree_on_store(store, 2, 3, patience))[1])
+            parts = [pool.submit(agree_on_store, store, rank, 3, patience) for rank in (0, 1)]
             first, *others = [part.result() for part in (*parts, late)]
         assert not first.check(["said"])  # nothing of an earlier start
         first.set("said", word)
@@ -207,6 +216,6 @@ def test_processes_meet_where_earlier_ones_have_left_their_words() -> None:
 
     start("one")
     start("two")
-    for rank in (0, 1):  # alone among what the others have left
+    for rank in (0, 1):  # no other process starts
         with pytest.raises(RuntimeError):
-            meet(store, rank, 3, timedelta(seconds=0.3))
+            agree_on_store(store, rank, 3, timedelta(seconds=0.3))

@@ -1,4 +1,4 @@
-"""Kinds of parameters, what decays, and rates over a schedule."""
+"""Kinds of parameters, weight decay, rates over a schedule, and gradients of proxies."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from legocompress.finetune.optimize import (
     KINDS,
     add_anchor_,
     add_balance_,
-    clipped_parameters,
-    forget_proxies_,
-    kinds_of,
+    classify_parameters,
+    drop_proxies_,
     make_optimizer,
     make_schedule,
+    select_clipped_parameters,
     set_rates_,
 )
 from legocompress.finetune.recipe import Optimizer, Rates
@@ -33,7 +33,7 @@ def network() -> nn.Module:
 
 def test_every_parameter_has_its_kind() -> None:
     model = network()
-    kinds = kinds_of(model)
+    kinds = classify_parameters(model)
     assert kinds.keys() == dict(model.named_parameters()).keys()
     assert kinds["layer1.0.conv1.lego_filters"] == "filters"
     assert kinds["layer1.0.conv1.proxy"] == "proxies"
@@ -42,7 +42,7 @@ def test_every_parameter_has_its_kind() -> None:
     assert kinds["conv1.weight"] == kinds["fc.weight"] == kinds["fc.bias"] == "rest"
 
 
-def test_filters_and_dense_weights_decay_alone() -> None:
+def test_only_filters_and_dense_weights_decay() -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(lr=0.1, weight_decay=0.01))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -55,7 +55,7 @@ def test_filters_and_dense_weights_decay_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adamw", "lamb", "lion", "rmsproptf", "nmuon"])
-def test_optimisers_of_timm(name: str) -> None:
+def test_optimisers_of_timm_make_finite_steps(name: str) -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(name=name, lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
@@ -68,13 +68,13 @@ def test_muon_takes_neither_coefficients_nor_proxies() -> None:
     optimizer = make_optimizer(model, Optimizer(name="muon", lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     optimizer.step()
-    for name, kind in kinds_of(model).items():
-        if kind != "rest":  # of which timm finds some too narrow
+    for name, kind in classify_parameters(model).items():
+        if kind != "rest":  # timm finds some of these too narrow
             assert optimizer.state[model.get_parameter(name)]["use_muon"] == (kind == "filters")
 
 
 @pytest.mark.parametrize("settings", [{"name": "no_such"}, {"options": {"betaz": 1}}])
-def test_an_optimiser_that_timm_refuses(settings: dict[str, Any]) -> None:
+def test_an_optimiser_that_timm_refuses_is_reported(settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="timm refuses"):
         make_optimizer(network(), Optimizer(lr=0.1, **settings))
 
@@ -82,26 +82,26 @@ def test_an_optimiser_that_timm_refuses(settings: dict[str, Any]) -> None:
 def test_rates_multiply_the_schedule() -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(lr=0.1))
-    wanted = recipe(stages=[{"epochs": 4}], schedule={"name": "cosine", "warmup_epochs": 1})
+    settings = recipe(stages=[{"epochs": 4}], schedule={"name": "cosine", "warmup_epochs": 1})
     set_rates_(model, optimizer, Rates(filters=0.5, proxies=100, norms=0))
-    schedule = make_schedule(optimizer, wanted, 10)
-    seen = []
+    schedule = make_schedule(optimizer, settings, 10)
+    history = []
     for update in range(40):
         schedule.step_update(update)
         rates = {g["kind"]: g["lr"] for g in optimizer.param_groups}
         assert rates["filters"] == pytest.approx(0.5 * rates["rest"])
         assert rates["proxies"] == pytest.approx(100 * rates["rest"])
         assert rates["norms"] == 0
-        seen.append(rates["rest"])
-    assert seen[0] < seen[5] < seen[9]
-    assert max(seen) <= 0.1
-    assert max(seen) > 0.08
-    assert seen[39] < 0.01
+        history.append(rates["rest"])
+    assert history[0] < history[5] < history[9]
+    assert max(history) <= 0.1
+    assert max(history) > 0.08
+    assert history[39] < 0.01
     assert not model.get_parameter("bn1.weight").requires_grad
     assert model.get_parameter("fc.weight").requires_grad
 
 
-def test_a_constant_schedule() -> None:
+def test_a_constant_schedule_keeps_the_rate() -> None:
     optimizer = make_optimizer(network(), Optimizer(lr=0.1))
     schedule = make_schedule(optimizer, recipe(schedule={"name": "constant"}), 10)
     for update in range(20):
@@ -109,14 +109,14 @@ def test_a_constant_schedule() -> None:
         assert optimizer.param_groups[0]["lr"] == 0.1
 
 
-def test_proxies_are_forgotten_with_their_states() -> None:
+def test_proxies_are_dropped_with_their_states() -> None:
     model = network()
     optimizer = make_optimizer(model, Optimizer(lr=0.1))
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     optimizer.step()
     count = len(optimizer.state)
-    proxies = sum(kind == "proxies" for kind in kinds_of(model).values())
-    forget_proxies_(optimizer)
+    proxies = sum(kind == "proxies" for kind in classify_parameters(model).values())
+    drop_proxies_(optimizer)
     assert len(optimizer.state) == count - proxies
     assert len(optimizer.param_groups) == len(KINDS) + 1
 
@@ -133,7 +133,7 @@ def test_balance_is_added_to_the_proxies_gradient() -> None:
     torch.testing.assert_close(module.proxy.grad, expected)
 
 
-def test_an_anchor_draws_n_to_its_start() -> None:
+def test_the_anchor_pulls_n_to_its_start() -> None:
     model = network()
     model(torch.randn(2, 1, 16, 16)).square().mean().backward()
     (_, module), *_ = lego.lego_modules(model)
@@ -141,16 +141,16 @@ def test_an_anchor_draws_n_to_its_start() -> None:
     assert module.proxy.grad is not None
     before = module.proxy.grad.clone()
     add_anchor_(model, 0.5)
-    torch.testing.assert_close(module.proxy.grad, before)  # it is there
+    torch.testing.assert_close(module.proxy.grad, before)  # N is at its start
     with torch.no_grad():
-        module.proxy += 1
+        module.proxy += 1  # type: ignore[misc]
     add_anchor_(model, 0.5)
     torch.testing.assert_close(module.proxy.grad, before + 0.5)
 
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_an_anchored_index_serves_better_and_a_free_one_drifts(k: int) -> None:
-    """A layer's filters as target, from an index of which a third is wrong."""
+def test_an_anchored_index_fits_better_and_a_free_one_drifts(k: int) -> None:
+    """The target is a layer's filters; a third of the index is wrong at the start."""
     torch.manual_seed(0)
     target = 0.1 * torch.randn(32, 16, 3, 3)
     start = nn.Conv2d(16, 32, 3, bias=False)
@@ -183,6 +183,6 @@ def test_an_anchored_index_serves_better_and_a_free_one_drifts(k: int) -> None:
 
 def test_proxies_are_not_clipped() -> None:
     model = network()
-    clipped = {id(p) for p in clipped_parameters(model)}
+    clipped = {id(p) for p in select_clipped_parameters(model)}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in clipped) == (not name.endswith("proxy"))

@@ -1,4 +1,4 @@
-"""A run that is killed, again and again, ends with the same bytes as one that never was."""
+"""A run that is killed again and again ends with the same bytes as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny import write_images
 
 ROOT = Path(__file__).parents[2]
-# Imports once, then forks: each child trains, and is killed at a moment drawn at random.
+# Imports once, then forks. Each child trains and is killed at a random moment.
 DRIVER = """
 import os, random, signal, sys, time
 import torch
@@ -24,9 +24,9 @@ model, teacher = compressed(k=2), dense()
 place, changes, workers, seed = sys.argv[1], eval(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 
 def train(out, resume):
-    found = recipe(save_every=3, **changes)
-    data = lego.open_training(model, found, f"{place}/images.npz")
-    finetune_(model, found, *data, original=teacher, out=f"{place}/{out}", resume=resume,
+    settings = recipe(save_every=3, **changes)
+    data = lego.open_training(model, settings, f"{place}/images.npz")
+    finetune_(model, settings, *data, original=teacher, out=f"{place}/{out}", resume=resume,
               workers=workers)
 
 def child(*args):
@@ -78,7 +78,7 @@ def test_a_run_killed_at_random_ends_the_same(
     changes: dict[str, object], workers: int, tmp_path: Path
 ) -> None:
     write_images(tmp_path / "images.npz")
-    words = [
+    command = [
         sys.executable,
         "-W",
         "ignore",
@@ -88,14 +88,14 @@ def test_a_run_killed_at_random_ends_the_same(
         repr(changes),
         str(workers),
     ]
-    ran = subprocess.run([*words, "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([*command, "1"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
     assert int(ran.stdout.split()[1]) >= 3
-    same(tmp_path / "whole", tmp_path / "killed")
+    check_same_files(tmp_path / "whole", tmp_path / "killed")
 
 
-def same(one: Path, other: Path) -> None:
-    """Every file of two runs has the same bytes, the saved state apart, which is compared so."""
+def check_same_files(one: Path, other: Path) -> None:
+    """Check that all files of two runs have the same bytes, and their saved states equal values."""
     import torch
 
     names = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
@@ -104,23 +104,24 @@ def same(one: Path, other: Path) -> None:
     for name in names:
         if name.name == "state.pt":
             states = [torch.load(place / name, weights_only=True) for place in (one, other)]
-            equal(*states)
+            check_equal(*states)
         else:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def equal(a: object, b: object) -> None:
+def check_equal(a: object, b: object) -> None:
+    """Check that two nested values are equal, tensors included."""
     import torch
 
     assert type(a) is type(b)
     if isinstance(a, dict) and isinstance(b, dict):
         assert a.keys() == b.keys()
         for key in a:
-            equal(a[key], b[key])
+            check_equal(a[key], b[key])
     elif isinstance(a, list) and isinstance(b, list):
         assert len(a) == len(b)
         for one, other in zip(a, b, strict=True):
-            equal(one, other)
+            check_equal(one, other)
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         assert torch.equal(a, b)
     else:

@@ -1,4 +1,4 @@
-"""Depthwise convs by the compiled kernels."""
+"""Depthwise convs on the compiled kernels."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ PLAIN: Any = ((1, 1), (1, 1), (1, 1))
 SIZES = [(7, 7), (14, 14), (5, 9), (28, 28), (56, 56), (3, 61), (112, 112), (1, 1), (120, 130)]
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("threads", [1, 2])
 def test_random_depthwise_convs_equal_pytorchs(threads: int) -> None:
@@ -30,38 +31,41 @@ def test_random_depthwise_convs_equal_pytorchs(threads: int) -> None:
             stride = rnd.choice([(1, 1), (1, 1), (2, 2), (2, 1), (1, 2), (3, 3)])
             padding = rnd.choice([(kernel[0] // 2, kernel[1] // 2), (0, 0), kernel])
             dilation = rnd.choice([(1, 1), (1, 1), (2, 2), (1, 3)])
-            size, c, each = rnd.choice(SIZES), rnd.randint(1, 20), rnd.choice([1, 1, 2])
+            size, c, per_channel = rnd.choice(SIZES), rnd.randint(1, 20), rnd.choice([1, 1, 2])
             if any(size[i] + 2 * padding[i] <= dilation[i] * (kernel[i] - 1) for i in (0, 1)):
                 continue
-            x, weight = torch.randn(rnd.randint(1, 3), c, *size), torch.randn(c * each, 1, *kernel)
-            bias = torch.randn(c * each) if rnd.random() < 0.7 else None
+            x, weight = (
+                torch.randn(rnd.randint(1, 3), c, *size),
+                torch.randn(c * per_channel, 1, *kernel),
+            )
+            bias = torch.randn(c * per_channel) if rnd.random() < 0.7 else None
             activation = rnd.choice(list(ACTIVATIONS))
             conv = (stride, padding, dilation)
             with torch.no_grad():
-                found = kernels.depthwise_conv2d(x, weight, bias, *conv, activation)
-            both = None if bias is None else bias.double()
-            y = F.conv2d(x.double(), weight.double(), both, *conv, groups=c)
-            expected = ACTIVATIONS[activation](y)
-            told = (x.shape, weight.shape, conv, activation)
-            assert found.shape == expected.shape, told
-            assert (found - expected).abs().max() < 1e-5 * (1 + expected.abs().max()), told
+                y = kernels.depthwise_conv2d(x, weight, bias, *conv, activation)
+            bias64 = None if bias is None else bias.double()
+            expected = F.conv2d(x.double(), weight.double(), bias64, *conv, groups=c)
+            expected = ACTIVATIONS[activation](expected)
+            case = (x.shape, weight.shape, conv, activation)
+            assert y.shape == expected.shape, case
+            assert (y - expected).abs().max() < 1e-5 * (1 + expected.abs().max()), case
     finally:
         torch.set_num_threads(1)
 
 
 @compiled
-def test_what_is_not_finite_stays_in_its_window() -> None:
+def test_a_nan_reaches_only_the_outputs_whose_window_holds_it() -> None:
     x = torch.randn(1, 2, 20, 20)
     x[0, 1, 3, 4] = torch.nan
     with torch.no_grad():
-        found = kernels.depthwise_conv2d(x, torch.randn(2, 1, 3, 3), None, *PLAIN, "relu")
-    rows, columns = found[0, 1].isnan().nonzero(as_tuple=True)
-    assert not found[0, 0].isnan().any()
+        y = kernels.depthwise_conv2d(x, torch.randn(2, 1, 3, 3), None, *PLAIN, "relu")  # type: ignore[call-arg]
+    rows, columns = y[0, 1].isnan().nonzero(as_tuple=True)
+    assert not y[0, 0].isnan().any()
     assert (set(rows.tolist()), set(columns.tolist())) == ({2, 3, 4}, {3, 4, 5})
 
 
 @compiled
-def test_the_operator() -> None:
+def test_the_operator_passes_opcheck_export_and_counting() -> None:
     x, weight, bias = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3), torch.randn(6)
     torch.library.opcheck(
         torch.ops.legocompress.depthwise_conv2d.default,
@@ -70,7 +74,7 @@ def test_the_operator() -> None:
 
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "relu6")
+            return kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "relu6")  # type: ignore[call-arg]
 
     with torch.no_grad():
         assert torch.equal(torch.export.export(Layer(), (x,)).module()(x), Layer()(x))
@@ -82,7 +86,7 @@ def test_the_operator() -> None:
 
 @compiled
 @torch.no_grad()
-def test_what_it_refuses() -> None:
+def test_invalid_arguments_are_refused() -> None:
     x, weight, bias = torch.randn(2, 6, 9, 9), torch.randn(6, 1, 3, 3), torch.randn(6)
     assert kernels.depthwise_conv2d(x[:0], weight, bias, *PLAIN).shape == (0, 6, 9, 9)
     for wrong in (
@@ -97,4 +101,4 @@ def test_what_it_refuses() -> None:
         with pytest.raises(KernelError):
             kernels.depthwise_conv2d(*wrong, *PLAIN)
     with pytest.raises(KernelError, match="gelu"):
-        kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "gelu")
+        kernels.depthwise_conv2d(x, weight, bias, *PLAIN, "gelu")  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""The compiled library: instruction sets, forked children, sanitizers."""
+"""The compiled library: instruction sets, forked processes, sanitizers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.support.kernel_cases import (
     ACTIVATIONS,
     SIZES,
     Case,
-    case,
     compiled,
+    make_case,
     random_case,
     random_grouped_case,
     random_winograd_case,
@@ -27,7 +27,7 @@ from tests.support.kernel_cases import (
 FORKED = """
 import multiprocessing, torch
 from legocompress import kernels
-from legocompress.spec import UnitShape
+from legocompress.lego.shape import UnitShape
 
 shape = UnitShape(32, 16, (3, 3), 1, 16, 2, 1)
 packed = kernels.pack(shape, torch.randn(16, 8, 3, 3), torch.randint(0, 16, (2, 32, 1)), None)
@@ -39,24 +39,26 @@ def run(_):
 
 torch.set_num_threads(2)
 with torch.inference_mode():
-    mine = run(0)
+    expected = run(0)
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert all(other == mine for other in pool.map(run, range(4)))
+        assert all(y == expected for y in pool.map(run, range(4)))
 """
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_child_can_run_it() -> None:
+def test_a_forked_child_can_run_the_kernels() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("isa", ["portable", "avx2", "sse9"])
-def test_an_instruction_set_can_be_asked_for(isa: str) -> None:
+def test_an_instruction_set_can_be_chosen_by_name(isa: str) -> None:
     if isa == "avx2" and isa not in runnable_isas():
         pytest.skip("this CPU has no AVX2")
     code = "from legocompress import kernels as k; print(k.why_unavailable() or k.isa())"
@@ -67,34 +69,38 @@ def test_an_instruction_set_can_be_asked_for(isa: str) -> None:
     assert ("sse9" in done.stdout) if isa == "sse9" else (done.stdout.strip() == isa)
 
 
-def recorded(cases: list[tuple[Case, str, int]]) -> bytes:
-    """Calls for tests/support/kernel_driver.cpp: status, buffers, numbers."""
+def encode_calls(cases: list[tuple[Case, str, int]]) -> bytes:
+    """Encode calls for tests/support/kernel_driver.cpp: expected status, buffers, numbers.
+
+    Args:
+        cases: a case, its transform, and how many bytes to cut off the packed buffer.
+    """
     parts = [struct.pack("=q", len(cases))]
-    for one, transform, damage in cases:
+    for case, transform, cut in cases:
         packed = kernels.pack(
-            one.shape,
-            one.lego_filters,
-            one.index,
-            one.coefficients,
+            case.shape,
+            case.lego_filters,
+            case.index,
+            case.coefficients,
             transform=transform,
-            stride=one.stride[0],
+            stride=case.stride[0],
         ).flatten()
-        if damage:
-            packed = packed[:-damage].clone()
-        channels_last = not one.x.is_contiguous()
-        expected = one.expected().float()
-        parts.append(struct.pack("=q", 1 if damage else 0))
-        for tensor in (packed, one.x, one.bias, one.residual, expected):
+        if cut:
+            packed = packed[:-cut].clone()
+        channels_last = not case.x.is_contiguous()
+        expected = case.expected().float()
+        parts.append(struct.pack("=q", 1 if cut else 0))
+        for tensor in (packed, case.x, case.bias, case.residual, expected):
             if tensor is None:
                 parts.append(struct.pack("=q", 0))
                 continue
             if tensor.dim() == 4 and channels_last:
                 tensor = tensor.permute(0, 2, 3, 1)
             parts.append(struct.pack("=q", tensor.numel()) + tensor.contiguous().numpy().tobytes())
-        code = list(ACTIVATIONS).index(one.activation)
-        sizes = (one.x.shape[0], *one.x.shape[2:], *expected.shape[2:])
-        numbers = (*sizes, *one.stride, *one.padding, *one.dilation, channels_last, code)
-        parts.append(struct.pack("=15q", one.x.shape[1], *numbers, 1 + len(parts) % 2))
+        code = list(ACTIVATIONS).index(case.activation)
+        sizes = (case.x.shape[0], *case.x.shape[2:], *expected.shape[2:])
+        numbers = (*sizes, *case.stride, *case.padding, *case.dilation, channels_last, code)
+        parts.append(struct.pack("=15q", case.x.shape[1], *numbers, 1 + len(parts) % 2))
     return b"".join(parts)
 
 
@@ -107,7 +113,7 @@ ISA_FLAGS = {
 
 
 def runnable_isas() -> list[str]:
-    """Every instruction set that this CPU runs, of those whose code needs flags of its own."""
+    """The instruction sets that this CPU runs: portable, and those with flags in ISA_FLAGS."""
     best = kernels.isa() if kernels.available() else "portable"
     return [
         "portable",
@@ -126,28 +132,36 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     cases += [(random_winograd_case(rnd), "winograd", 0) for _ in range(40)]
     cases += [(random_grouped_case(rnd), "direct", 0) for _ in range(20)]
     for size in SIZES:
-        cases.append((case(c=5, size=(2, *size)), "winograd", 0))
+        cases.append((make_case(c=5, size=(2, *size)), "winograd", 0))
         for batch in (1, 3):
-            pixels = case(c=5, kernel=(1, 1), padding=(0, 0), size=(batch, *size))
+            pixels = make_case(c=5, kernel=(1, 1), padding=(0, 0), size=(batch, *size))
             cases.append((pixels, "direct", 0))
-            cases.append((case(c=5, stride=(2, 2), size=(batch, *size)), "direct", 0))
-    cases += [(case(channels_last=True), "winograd", 0)]
-    cases += [(case(), "direct", cut) for cut in (1, 300, 100000)]
-    (tmp_path / "calls").write_bytes(recorded(cases))
+            cases.append((make_case(c=5, stride=(2, 2), size=(batch, *size)), "direct", 0))
+    cases += [(make_case(channels_last=True), "winograd", 0)]
+    cases += [(make_case(), "direct", cut) for cut in (1, 300, 100000)]
+    (tmp_path / "calls").write_bytes(encode_calls(cases))
     flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += ["-ffp-contract=fast", "-Wno-psabi", "-pthread", f"-I{SOURCES}"]
     isas = runnable_isas()
-    own = {f"kernel_{isa}.cpp": opts for isa, opts in ISA_FLAGS.items() if isa in isas}
+    isa_flags = {f"kernel_{isa}.cpp": opts for isa, opts in ISA_FLAGS.items() if isa in isas}
     builds = []
     for source in [*SOURCES.glob("*.cpp"), SUPPORT / "kernel_driver.cpp"]:
         target = str(tmp_path / f"{source.stem}.o")
-        command = [compiler, *flags, *own.get(source.name, []), "-c", str(source), "-o", target]
+        command = [
+            compiler,
+            *flags,
+            *isa_flags.get(source.name, []),
+            "-c",
+            str(source),
+            "-o",
+            target,
+        ]
         builds.append((target, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
     for _, build in builds:
-        _, said = build.communicate(timeout=300)
-        if build.returncode and "sanitize" in said:
+        _, messages = build.communicate(timeout=300)
+        if build.returncode and "sanitize" in messages:
             pytest.skip("this compiler has no sanitizers")
-        assert build.returncode == 0, said[-2000:]
+        assert build.returncode == 0, messages[-2000:]
     program = str(tmp_path / "driver")
     objects = [target for target, _ in builds]
     linked = subprocess.run([compiler, *flags, *objects, "-o", program], capture_output=True)

@@ -1,4 +1,4 @@
-"""Linear layers by the compiled kernels."""
+"""Linear layers on the compiled kernels."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.support.kernel_cases import ACTIVATIONS, compiled
 @compiled
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_linear_layer_is_a_linear_layer(activation: str, threads: int) -> None:
+def test_linear_layers_equal_pytorchs(activation: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        # Channels that fill no vector, and more than are summed at once for many inputs.
+        # Fewer channels than a vector has lanes, and more than are summed at once for many inputs.
         for batch, channels, n_out in ((1, 1, 1), (1, 9001, 37), (4, 300, 5), (9, 9001, 18)):
             x, weight = torch.randn(batch, channels), torch.randn(n_out, channels)
             for bias in (None, torch.randn(n_out)):
-                found = kernels.linear(x, weight, bias, activation)
-                both = None if bias is None else bias.double()
-                expected = ACTIVATIONS[activation](F.linear(x.double(), weight.double(), both))
-                assert (found - expected).abs().max() < 1e-6 * channels**0.5 * 10
+                y = kernels.linear(x, weight, bias, activation)
+                bias64 = None if bias is None else bias.double()
+                expected = ACTIVATIONS[activation](F.linear(x.double(), weight.double(), bias64))
+                assert (y - expected).abs().max() < 1e-6 * channels**0.5 * 10
     finally:
         torch.set_num_threads(1)
 
@@ -46,7 +46,7 @@ def test_an_output_does_not_depend_on_its_neighbours_or_threads() -> None:
 
 
 @compiled
-def test_what_it_refuses() -> None:
+def test_invalid_arguments_are_refused() -> None:
     x, weight, bias = torch.randn(2, 6), torch.randn(3, 6), torch.randn(3)
     assert kernels.linear(x[:0], weight, bias).shape == (0, 3)
     for wrong in (

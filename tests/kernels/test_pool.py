@@ -1,4 +1,7 @@
-"""Pooling by the compiled kernels; max pooling is tested in test_plain_site.py, route by route."""
+"""Pooling on the compiled kernels.
+
+Max pooling is tested in tests/deploy/test_plain_site.py, with the other backends.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ def test_the_mean_of_each_map(threads: int) -> None:
     try:
         for height in range(1, 20):
             x = torch.randn(3, 50, height, 7)
-            found = kernels.global_mean(x)
+            means = kernels.global_mean(x)
             expected = x.double().mean((2, 3), keepdim=True)
-            assert torch.allclose(found.double(), expected, atol=1e-6)
+            assert torch.allclose(means.double(), expected, atol=1e-6)
         x[1, 2, 3, 4] = torch.nan
         assert kernels.global_mean(x).isnan().nonzero().tolist() == [[1, 2, 0, 0]]
     finally:

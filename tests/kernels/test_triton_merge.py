@@ -1,4 +1,4 @@
-"""The GPU merge, through Triton's interpreter on the CPU."""
+"""The GPU form, run on the CPU by Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def twins(layer: Layer, **unit: Any) -> tuple[Layer, Any]:
 
 
 def conv(*args: Any, **kwargs: Any) -> nn.Conv2d:
-    return nn.Conv2d(*args, **kwargs, dtype=torch.float64)
+    return nn.Conv2d(*args, **kwargs, dtype=torch.float64)  # type: ignore[misc]
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -59,7 +59,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def by_route(module: LegoModule, route: str, x: Tensor) -> Tensor:
-    module.route = route
+    module.route = route  # type: ignore[assignment]
     try:
         return module(x)
     finally:
@@ -200,7 +200,7 @@ def test_weight_standardisation_runs_on_the_assembled_weight(
 def test_an_unknown_route_is_refused() -> None:
     module = lego_(conv(4, 4, 3))
     with pytest.raises(ConversionError, match="'fused'; it has assemble, reference"):
-        module.route = "fused"
+        module.route = "fused"  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("coefficients", [True, False])
@@ -541,7 +541,7 @@ def test_fx_traces_the_same_function(route: str) -> None:
         lego_(conv(8, 4, 1, groups=2, bias=False), coefficients=False),
     )
     for _, module in lego_modules(model):
-        module.route = route
+        module.route = route  # type: ignore[assignment]
     x = torch.randn(2, 6, 7, 7, dtype=torch.float64)
     traced = torch.fx.symbolic_trace(model)
     close(traced(x), model(x))
@@ -556,6 +556,7 @@ def test_fx_traces_linear_and_frozen_modules() -> None:
     close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["assemble", "reference"])
 def test_compiling_gives_the_same_function_without_graph_breaks(route: str) -> None:
     model = nn.Sequential(
@@ -564,7 +565,7 @@ def test_compiling_gives_the_same_function_without_graph_breaks(route: str) -> N
         lego_(nn.Linear(8 * 9, 3, dtype=torch.float64)),
     )
     for _, module in lego_modules(model):
-        module.route = route
+        module.route = route  # type: ignore[assignment]
     x = torch.randn(2, 6, 6, 6, dtype=torch.float64)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -195,7 +195,7 @@ def test_a_network_in_training_is_saved_as_what_it_computes(tmp_path: Any) -> No
         for _, module in lego_modules(model):
             assert module.proxy is not None
             module.proxy.copy_(torch.randn_like(module.proxy))  # no forward pass has seen this
-    model.lego_source = lego.Source(None, None)  # type: ignore[assignment]
+    lego.lego_state(model).source = lego.Source(None, None)  # type: ignore[assignment]
     lego.save(model, tmp_path / "net")
     fresh = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 1))
     again = lego.load(tmp_path / "net", model=fresh)

@@ -41,8 +41,8 @@ def test_a_bare_name_is_timms_where_both_have_it() -> None:
         model: Any = lego.create(name, pretrained=False)
         assert type(model) is kind
         library = "timm" if kind.__module__.startswith("timm") else "torchvision"
-        assert model.lego_source.library == library
-        assert model.lego_source.architecture == name.rpartition("/")[2]
+        assert lego.lego_state(model).source.library == library
+        assert lego.lego_state(model).source.architecture == name.rpartition("/")[2]
         assert not model.training
 
 
@@ -95,7 +95,7 @@ def test_a_timm_folder_is_opened(tmp_path: Path) -> None:
     model: Any = lego.create(f"local-dir:{folder}")
     assert same(model, small(seed=4))
     assert tuple(model.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
-    assert model.lego_source == Source(
+    assert lego.lego_state(model).source == Source(
         "timm", "resnet18", {**SMALL, "num_classes": 5}, f"local-dir:{folder}"
     )
     blank = lego.create(f"local-dir:{folder}", pretrained=False, seed=9)
@@ -116,6 +116,7 @@ def test_a_converted_timm_folder_keeps_its_preprocessing(tmp_path: Path) -> None
     assert json.dumps(ours) == json.dumps(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize(
     "content",
@@ -172,8 +173,8 @@ def test_arguments_reach_the_architecture() -> None:
     model: Any = small(in_chans=1)
     assert model.conv1.weight.shape[1] == 1
     assert model.fc.weight.shape == (5, 16)
-    assert model.lego_source.model_args == {**SMALL, "num_classes": 5, "in_chans": 1}
-    assert list(build(model.lego_source).state_dict()) == list(model.state_dict())
+    assert lego.lego_state(model).source.model_args == {**SMALL, "num_classes": 5, "in_chans": 1}
+    assert list(build(lego.lego_state(model).source).state_dict()) == list(model.state_dict())
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -314,6 +315,7 @@ def test_pretrained_detectors_with_frozen_norms_are_refused_with_the_way_out() -
         lego.create("torchvision/fcos_resnet50_fpn")
 
 
+@pytest.mark.slow
 def test_offline_says_what_to_do(tmp_path: Path) -> None:
     dead = "http://127.0.0.1:9"
     proxies = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), dead)

@@ -26,6 +26,7 @@ def test_a_new_classifier_is_all_that_changes(tmp_path: Path) -> None:
     torch.testing.assert_close(again(x), model(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_conv_classifier_of_torchvision(tmp_path: Path) -> None:
     model = lego.create("torchvision/squeezenet1_1", pretrained=False)
     lego.convert_(model, lego.plan(model))

@@ -30,7 +30,7 @@ def test_weights_files_of_every_form(tmp_path: Path) -> None:
     for name in ("a.safetensors", "a.pth", "wrapped.pth.tar", "model.pth", "fewer.safetensors"):
         loaded: Any = small(weights=tmp_path / name, pretrained=True)
         assert same(loaded, model), name
-        assert loaded.lego_source.weights == f"file {name}"
+        assert lego.lego_state(loaded).source.weights == f"file {name}"
 
 
 def test_half_weights_are_widened(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_convnext_is_made_of_convs_and_takes_the_weights_of_its_linear_form(tmp_
             nn.init.normal_(parameter, 0.5, 0.3)
     torch.save(original.state_dict(), tmp_path / "linear.pth")
     model: Any = lego.create("convnext_atto", weights=tmp_path / "linear.pth", num_classes=4)
-    assert model.lego_source.model_args["conv_mlp"] is True
+    assert lego.lego_state(model).source.model_args["conv_mlp"] is True
     assert isinstance(model.stages[0].blocks[0].mlp.fc1, nn.Conv2d)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

@@ -110,6 +110,7 @@ def test_a_dense_network_reports_no_compression() -> None:
     assert report.fvcore_macs == report.total("macs") == 216 * 64 + 1152 * 64 + 1152 * 16 + 80
 
 
+@pytest.mark.slow
 def test_fvcore_agrees_on_resnet18() -> None:
     image = torch.zeros(1, 3, 64, 64)
     model = timm.create_model("resnet18", pretrained=False, num_classes=10).eval()

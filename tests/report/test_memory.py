@@ -8,6 +8,7 @@ import torch
 from legocompress.report.memory import measure_peak_bytes
 
 
+@pytest.mark.slow
 def test_the_peak_is_what_the_call_allocates() -> None:
     peak = measure_peak_bytes(lambda: torch.ones(20_000_000).sum())
     if peak is None:

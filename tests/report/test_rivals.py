@@ -26,6 +26,7 @@ def test_runtimes_compute_the_same() -> None:
         torch.testing.assert_close(torch.as_tensor(form()), model(x).detach(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_form_that_fails_or_differs_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "COMPILE_SECONDS", 0)
     monkeypatch.setattr(rivals, "_build_scripted", lambda model, x: lambda: model(x) + 1)

@@ -13,6 +13,7 @@ from legocompress.report import rivals
 from tests.support.benchmarking import IMAGE, network
 
 
+@pytest.mark.slow
 def test_forms_theory_and_layers_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rivals, "COMPILE_SECONDS", 0)
     model, threads = network(), torch.get_num_threads()
@@ -46,7 +47,7 @@ def test_forms_theory_and_layers_of_one_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert {layer.name for layer in run.layers} == {name for name, _ in lego.lego_modules(model)}
     for layer in run.layers:
         assert layer.ratio == pytest.approx(layer.dense_ms / layer.ms)
-        assert layer.route == model.lego_deployment.choices.routes[layer.name]
+        assert layer.route == lego.lego_state(model).deployment.choices.routes[layer.name]
     assert json.loads(json.dumps(run.to_dict()))["ratio"] == run.ratio
 
 

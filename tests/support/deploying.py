@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import legocompress as lego
-from benchmarks.coverage import randomise_, tensors
+from benchmarks.common.networks import randomise_
+from benchmarks.coverage import collect_tensors
 
 SPEC = lego.LegoSpec(m=0.5, o=2, allow_expansion=True)
 
@@ -29,7 +30,7 @@ def converted(model: nn.Module, x: Any, **settings: Any) -> nn.Module:
 
 def relative(expected: Any, found: Any) -> float:
     gaps = []
-    for a, b in zip(tensors(expected), tensors(found), strict=True):
+    for a, b in zip(collect_tensors(expected), collect_tensors(found), strict=True):
         assert a.shape == b.shape
         if a.numel():
             gaps.append(float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
@@ -52,7 +53,7 @@ def check(model: nn.Module, *inputs: Tensor, **settings: Any) -> lego.Deployment
     after = model.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[name], value) for name, value in state.items())
-    return model.lego_deployment  # type: ignore[return-value]
+    return lego.lego_state(model).deployment  # type: ignore[return-value]
 
 
 class Block(nn.Module):

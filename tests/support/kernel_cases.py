@@ -1,4 +1,4 @@
-"""Units and calls of the compiled kernel, and what they should give."""
+"""Units and calls of the compiled kernel, and their expected outputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from legocompress.lego.algebra import assemble
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
 
-# SiLU of minus infinity is not a number in PyTorch, and its limit 0 elsewhere.
-SILU_OF = ("silu", math.inf)
+# Not compared, since SiLU of minus infinity is NaN in PyTorch, but 0 in the limit.
+INFINITE_SILU = ("silu", math.inf)
 compiled = pytest.mark.skipif(not kernels.available(), reason=str(kernels.why_unavailable()))
 ACTIVATIONS = {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "silu": F.silu}
 
 
 @dataclass
 class Case:
-    """One unit and one call of it."""
+    """A unit and a call of it."""
 
     shape: UnitShape
     lego_filters: Tensor
@@ -39,7 +39,7 @@ class Case:
     activation: str
 
     def expected(self) -> Tensor:
-        """By the assembled weight, in float64."""
+        """Compute the output with the assembled weight, in float64."""
 
         def double(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.double()
@@ -51,7 +51,7 @@ class Case:
         return ACTIVATIONS[self.activation](y if self.residual is None else y + self.residual)
 
     def run(self, transform: str = "direct") -> Tensor:
-        """By the compiled kernel."""
+        """Compute the output with the compiled kernel."""
         unit = (self.shape, self.lego_filters, self.index, self.coefficients)
         packed = kernels.pack(*unit, transform=transform, stride=self.stride[0])
         conv = (self.stride, self.padding, self.dilation)
@@ -60,7 +60,7 @@ class Case:
         )
 
 
-def case(
+def make_case(
     n: int = 8,
     c: int = 6,
     kernel: tuple[int, int] = (3, 3),
@@ -77,6 +77,7 @@ def case(
     residual: bool = False,
     activation: str = "none",
 ) -> Case:
+    """Make a case of random values, with the sizes in the letters of the paper."""
     shape = UnitShape(n, c, kernel, 1, m, o, k)
     x = torch.randn(size[0], c, size[1], size[2])
     spans = [dilation[i] * (kernel[i] - 1) + 1 for i in (0, 1)]
@@ -96,9 +97,10 @@ def case(
     )
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 2e-5) -> bool:
-    assert found.shape == expected.shape
-    worst = (found - expected).abs().max() if found.numel() else torch.tensor(0.0)
+def is_close(y: Tensor, expected: Tensor, tolerance: float = 2e-5) -> bool:
+    """Whether the largest error is at most `tolerance` of 1 + the largest expected value."""
+    assert y.shape == expected.shape
+    worst = (y - expected).abs().max() if y.numel() else torch.tensor(0.0)
     return bool(worst <= tolerance * (1 + expected.abs().max()))
 
 
@@ -111,7 +113,7 @@ def random_case(rnd: random.Random) -> Case:
         size = (rnd.choice([1, 1, 2, 3, 9]), *rnd.choice(SIZES))
         if any(size[1 + i] + 2 * padding[i] <= dilation[i] * (kernel[i] - 1) for i in (0, 1)):
             continue
-        return case(
+        return make_case(
             n=n, c=c, kernel=kernel, m=rnd.randint(1, n), o=min(c, rnd.randint(1, 4)),
             k=rnd.randint(1, 4), size=size, stride=rnd.choice(STRIDES),
             padding=padding, dilation=dilation, channels_last=rnd.random() < 0.4,
@@ -127,7 +129,7 @@ def random_winograd_case(rnd: random.Random) -> Case:
         padding = rnd.choice([(k // 2, k // 2), (k // 2, k // 2), (2, 3)])
         size = (rnd.choice([1, 2, 5]), *rnd.choice(SIZES))
         if all(size[1 + i] + 2 * padding[i] >= k for i in (0, 1)):
-            return case(
+            return make_case(
                 n=n, c=c, kernel=(k, k), m=rnd.randint(1, n), o=min(c, rnd.randint(1, 4)),
                 k=rnd.randint(1, 3), size=size, stride=(stride, stride), padding=padding,
                 channels_last=rnd.random() < 0.3, residual=rnd.random() < 0.4,
@@ -136,7 +138,7 @@ def random_winograd_case(rnd: random.Random) -> Case:
 
 
 def random_grouped_case(rnd: random.Random) -> Case:
-    """A unit of groups; of one channel each, too."""
+    """A grouped unit, some with one channel per group."""
     groups, o, q = rnd.randint(2, 6), rnd.randint(1, 3), rnd.randint(1, 5)
     n, stride = groups * rnd.randint(1, 6), rnd.choice([1, 2])
     shape = UnitShape(n, o * q, (3, 3), groups, rnd.randint(1, 7), o, rnd.randint(1, 2))

@@ -1,5 +1,6 @@
-// Runs recorded calls of lego_conv2d in a process of its own, built with sanitizers by
-// tests/test_library.py: every buffer has exactly its size, outputs stand between canaries.
+// Runs calls of the library in a separate process, which tests/kernels/test_library.py builds with
+// sanitizers. It reads the calls of lego_conv2d from a file, and makes up those of the other layers. Every
+// buffer has exactly the size that the call needs, and the outputs of lego_conv2d lie between canaries.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -47,38 +48,39 @@ extern "C" int64_t lego_run(const RunCall*);
 extern "C" const char* lego_isa();
 
 static FILE* file;
-static int64_t number() {
+static int64_t read_number() {
   int64_t n = 0;
   if (std::fread(&n, 8, 1, file) != 1) std::exit(3);
   return n;
 }
 template <class T>
-static std::vector<T> values() {
-  std::vector<T> v(static_cast<size_t>(number()));
+static std::vector<T> read_values() {
+  std::vector<T> v(static_cast<size_t>(read_number()));
   if (!v.empty() && std::fread(v.data(), sizeof(T), v.size(), file) != v.size()) std::exit(3);
   v.shrink_to_fit();
   return v;
 }
 
-static int64_t below(int64_t limit) {
+// A pseudo-random number in [0, limit).
+static int64_t random_below(int64_t limit) {
   static uint32_t seed = 1;
   seed = seed * 1664525u + 1013904223u;
   return static_cast<int64_t>(seed >> 16) % limit;
 }
 
-// Linear layers of all kinds against plain loops; returns how many, or exits.
-static int linear_cases() {
+// Compares random linear layers with plain loops; returns how many, or exits.
+static int check_linear_layers() {
   const int n_cases = 200;
   for (int n = 0; n < n_cases; n++) {
     // Some with more channels than are summed at once.
-    const int64_t channels = n % 10 ? 1 + below(90) : 4000 + below(5000);
+    const int64_t channels = n % 10 ? 1 + random_below(90) : 4000 + random_below(5000);
     LinearCall c{};
-    c.batch = 1 + below(11), c.channels = channels, c.n_out = 1 + below(70);
-    c.activation = below(2), c.threads = 1 + below(3);
+    c.batch = 1 + random_below(11), c.channels = channels, c.n_out = 1 + random_below(70);
+    c.activation = random_below(2), c.threads = 1 + random_below(3);
     std::vector<float> weight(static_cast<size_t>(c.n_out * channels));
     std::vector<float> bias(static_cast<size_t>(c.n_out)), x(static_cast<size_t>(c.batch * channels));
     for (std::vector<float>* all : {&weight, &bias, &x}) {
-      for (float& a : *all) a = static_cast<float>(below(7)) - 3;  // so that sums are exact
+      for (float& a : *all) a = static_cast<float>(random_below(7)) - 3;  // so that sums are exact
     }
     std::vector<float> y(static_cast<size_t>(c.batch * c.n_out));
     c.weight = weight.data(), c.x = x.data(), c.y = y.data();
@@ -101,20 +103,20 @@ static int linear_cases() {
   return n_cases;
 }
 
-// Depthwise convs of all kinds against plain loops; returns how many, or exits.
-static int depthwise_cases() {
+// Compares random depthwise convs with plain loops; returns how many, or exits.
+static int check_depthwise_convs() {
   int n = 0;
   while (n < 300) {
     DepthwiseCall c{};
-    c.batch = 1 + below(2), c.channels = 1 + below(9), c.n_out = c.channels * (1 + below(2));
-    c.activation = below(2), c.threads = 1 + below(3);
-    const int64_t square = 2 * below(4) + 1;  // the forms of their own, every other time
+    c.batch = 1 + random_below(2), c.channels = 1 + random_below(9), c.n_out = c.channels * (1 + random_below(2));
+    c.activation = random_below(2), c.threads = 1 + random_below(3);
+    const int64_t square = 2 * random_below(4) + 1;  // every other case has a specialised form
     for (int u = 0; u < 2; u++) {
-      c.sizes[u] = 1 + below(70);
-      c.kernel[u] = n % 2 ? square : 1 + below(4);
-      c.stride[u] = n % 2 ? 1 + n / 2 % 2 : 1 + below(3);
-      c.pad[u] = below(c.kernel[u] + 1);
-      c.dilation[u] = n % 2 ? 1 : 1 + below(2);
+      c.sizes[u] = 1 + random_below(70);
+      c.kernel[u] = n % 2 ? square : 1 + random_below(4);
+      c.stride[u] = n % 2 ? 1 + n / 2 % 2 : 1 + random_below(3);
+      c.pad[u] = random_below(c.kernel[u] + 1);
+      c.dilation[u] = n % 2 ? 1 : 1 + random_below(2);
       const int64_t room = c.sizes[u] + 2 * c.pad[u] - c.dilation[u] * (c.kernel[u] - 1) - 1;
       c.sizes[2 + u] = room < 0 ? 0 : room / c.stride[u] + 1;
     }
@@ -124,7 +126,7 @@ static int depthwise_cases() {
     std::vector<float> bias(static_cast<size_t>(c.n_out));
     std::vector<float> x(static_cast<size_t>(c.batch * c.channels * plane));
     for (std::vector<float>* all : {&weight, &bias, &x}) {
-      for (float& a : *all) a = static_cast<float>(below(7)) - 3;  // so that sums are exact
+      for (float& a : *all) a = static_cast<float>(random_below(7)) - 3;  // so that sums are exact
     }
     std::vector<float> y(static_cast<size_t>(c.batch * c.n_out * c.sizes[2] * c.sizes[3]));
     c.weight = weight.data(), c.x = x.data(), c.y = y.data();
@@ -153,25 +155,25 @@ static int depthwise_cases() {
   return n;
 }
 
-// Poolings and means of all kinds against plain loops; returns how many, or exits.
-static int pool_cases() {
+// Compares random poolings and means with plain loops; returns how many, or exits.
+static int check_pooling() {
   int n = 0;
   while (n < 300) {
     PoolCall c{};
-    c.planes = 1 + below(20);
-    c.threads = 1 + below(3);
+    c.planes = 1 + random_below(20);
+    c.threads = 1 + random_below(3);
     for (int u = 0; u < 2; u++) {
-      c.sizes[u] = 1 + below(70);
-      c.kernel[u] = 1 + below(4);
-      c.stride[u] = 1 + below(3);
-      c.pad[u] = below(c.kernel[u] / 2 + 1);
-      c.dilation[u] = 1 + below(2);
+      c.sizes[u] = 1 + random_below(70);
+      c.kernel[u] = 1 + random_below(4);
+      c.stride[u] = 1 + random_below(3);
+      c.pad[u] = random_below(c.kernel[u] / 2 + 1);
+      c.dilation[u] = 1 + random_below(2);
       const int64_t room = c.sizes[u] + 2 * c.pad[u] - c.dilation[u] * (c.kernel[u] - 1) - 1;
       c.sizes[2 + u] = room < 0 ? 0 : room / c.stride[u] + 1;
     }
     if (!c.sizes[2] || !c.sizes[3]) continue;
     std::vector<float> x(static_cast<size_t>(c.planes * c.sizes[0] * c.sizes[1]));
-    for (float& a : x) a = static_cast<float>(below(1000)) - 500;
+    for (float& a : x) a = static_cast<float>(random_below(1000)) - 500;
     std::vector<float> y(static_cast<size_t>(c.planes * c.sizes[2] * c.sizes[3]));
     c.x = x.data();
     c.y = y.data();
@@ -195,7 +197,7 @@ static int pool_cases() {
   }
   for (int64_t size = 1; size < 70; size++, n++) {
     std::vector<float> x(static_cast<size_t>(5 * size)), y(5);
-    for (float& a : x) a = static_cast<float>(below(1000)) - 500;
+    for (float& a : x) a = static_cast<float>(random_below(1000)) - 500;
     const MeansCall c{x.data(), y.data(), 5, size, 1 + size % 3};
     if (lego_means(&c)) std::exit(4);
     for (int64_t i = 0; i < 5; i++) {
@@ -213,34 +215,34 @@ static int pool_cases() {
 int main(int argc, char** argv) {
   file = argc > 1 ? std::fopen(argv[1], "rb") : nullptr;
   if (!file) return 3;
-  const int64_t n_cases = number();
+  const int64_t n_cases = read_number();
   double worst = 0;
   for (int64_t i = 0; i < n_cases; i++) {
-    const int64_t status_wanted = number();
-    const std::vector<char> packed = values<char>();
-    const std::vector<float> x = values<float>(), bias = values<float>();
-    const std::vector<float> residual = values<float>(), expected = values<float>();
+    const int64_t expected_status = read_number();
+    const std::vector<char> packed = read_values<char>();
+    const std::vector<float> x = read_values<float>(), bias = read_values<float>();
+    const std::vector<float> residual = read_values<float>(), expected = read_values<float>();
     LegoCall call{};
     call.packed = packed.data();
     call.packed_bytes = static_cast<int64_t>(packed.size());
     call.x = x.data();
-    call.channels = number();
+    call.channels = read_number();
     call.bias = bias.empty() ? nullptr : bias.data();
     call.residual = residual.empty() ? nullptr : residual.data();
-    for (int64_t& n : call.numbers) n = number();
+    for (int64_t& n : call.numbers) n = read_number();
     const size_t guard = 64;
     const float canary = 12345.5f;
     std::vector<float> y(expected.size() + 2 * guard, canary);
     call.y = y.data() + guard;
     const std::vector<char> packed_before = packed;
     const std::vector<float> x_before = x;
-    // Every other call as a run of two, the second one over the first one's output.
+    // Every other call is made twice by lego_run; the second one overwrites the output of the first.
     int64_t code[2 * (1 + sizeof call / 8)] = {};
     std::memcpy(code + 1, &call, sizeof call);
     std::memcpy(code + 2 + sizeof call / 8, &call, sizeof call);
     const RunCall both{code, sizeof code / 8};
     const int64_t status = i % 2 ? lego_run(&both) : lego_conv2d(&call);
-    if (status != status_wanted) {
+    if (status != expected_status) {
       std::printf("case %lld: status %lld\n", static_cast<long long>(i),
                   static_cast<long long>(status));
       return 1;
@@ -265,7 +267,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  if (pool_cases() != 300 + 69 || linear_cases() != 200 || depthwise_cases() != 300) return 4;
+  if (check_pooling() != 300 + 69 || check_linear_layers() != 200 || check_depthwise_convs() != 300) return 4;
   std::printf("%s: %lld calls, worst error %.1e\n", lego_isa(), static_cast<long long>(n_cases),
               worst);
   return 0;

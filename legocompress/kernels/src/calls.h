@@ -1,5 +1,6 @@
-// The library's C interface: what Python fills in, pointers, constants first and the output last, then
-// numbers, all 8 bytes wide. Every function returns a Status.
+// The library's C interface. Python (library.py) fills in one struct per call: first the pointers,
+// constants first and the output last, then the numbers. All fields are 8 bytes wide. Every function
+// returns a Status.
 #pragma once
 #include <cstdint>
 
@@ -58,6 +59,7 @@ struct DepthwiseCall {
   int64_t activation, threads;
 };
 
+// Recorded calls, for lego_run: each is the number of its function, then its struct.
 struct RunCall {
   const int64_t* code;
   int64_t words;

@@ -1,4 +1,4 @@
-// The kernels of this CPU, and runs of several calls.
+// Chooses the kernels for this CPU, and runs recorded calls.
 #include <cstring>
 
 #include "job.h"
@@ -20,13 +20,13 @@ bool cpu_runs(const char* isa) {
   return std::strcmp(isa, "avx2") && std::strcmp(isa, "avx512");
 }
 
-// The best of this build that this CPU runs; LEGOCOMPRESS_ISA asks for one by name.
+// The best kernels of this build that run on this CPU, or those that LEGOCOMPRESS_ISA names.
 const Kernel* choose_kernel() {
   const Kernel* all[] = {avx512_kernel(), avx2_kernel(), neon_kernel(), portable_kernel()};
-  const char* asked = std::getenv("LEGOCOMPRESS_ISA");
+  const char* requested = std::getenv("LEGOCOMPRESS_ISA");
   for (const Kernel* kernel : all) {
     if (!kernel || !cpu_runs(kernel->name)) continue;
-    if (!asked || !*asked || !std::strcmp(asked, kernel->name)) return kernel;
+    if (!requested || !*requested || !std::strcmp(requested, kernel->name)) return kernel;
   }
   return nullptr;
 }
@@ -45,15 +45,16 @@ Buffer& thread_scratch() {
 
 }  // namespace lego
 
-// The name of the kernels that run here, or null: LEGOCOMPRESS_ISA names none that can.
+// The name of the kernels in use; null if LEGOCOMPRESS_ISA names kernels that do not run on this CPU.
 EXPORT const char* lego_isa() {
   const lego::Kernel* k = lego::kernel();
   return k ? k->name : nullptr;
 }
 
 namespace {
+// Calls the function with the struct at `at`, and moves `at` past it.
 template <class Call>
-int64_t run_next(int64_t (*function)(const Call*), const int64_t*& at, const int64_t* end) {
+int64_t run_next_call(int64_t (*function)(const Call*), const int64_t*& at, const int64_t* end) {
   constexpr int64_t kWords = sizeof(Call) / 8;
   if (kWords > end - at) return lego::kBadCall;
   const Call* call = reinterpret_cast<const Call*>(at);
@@ -62,17 +63,17 @@ int64_t run_next(int64_t (*function)(const Call*), const int64_t*& at, const int
 }
 }  // namespace
 
-// Other calls one after the other, each the number of its function and its struct; returns the first
-// Status that is not kDone.
+// Runs recorded calls in order, each the number of its function and its struct (tape.py writes them).
+// Stops at the first Status that is not kDone, and returns it.
 EXPORT int64_t lego_run(const RunCall* c) {
   int64_t status = lego::kDone;
   for (const int64_t *at = c->code, *end = at + c->words; at < end && status == lego::kDone;) {
     switch (*at++) {
-      case 0: status = run_next(lego_conv2d, at, end); break;
-      case 1: status = run_next(lego_max_pool2d, at, end); break;
-      case 2: status = run_next(lego_means, at, end); break;
-      case 3: status = run_next(lego_linear, at, end); break;
-      case 4: status = run_next(lego_depthwise, at, end); break;
+      case 0: status = run_next_call(lego_conv2d, at, end); break;
+      case 1: status = run_next_call(lego_max_pool2d, at, end); break;
+      case 2: status = run_next_call(lego_means, at, end); break;
+      case 3: status = run_next_call(lego_linear, at, end); break;
+      case 4: status = run_next_call(lego_depthwise, at, end); break;
       default: status = lego::kBadCall;
     }
   }

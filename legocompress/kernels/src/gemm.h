@@ -1,14 +1,15 @@
-// The inner loops: a panel of 1 to 6 Lego filters against a register tile of pixels.
+// The inner loops: multiply a panel of 1 to 6 Lego filters with a register tile of pixels.
 
-// Floats. In a network filters come from memory, each once: fetched early enough, they cost nothing.
-constexpr int64_t kFilterAhead = 512;
+// How many floats ahead filters are prefetched. A network reads each filter from memory once; prefetched
+// early enough, that costs no time.
+constexpr int64_t kFilterPrefetch = 512;
 
 // z[r][v] (+)= sum over channels and taps of a[channel][tap][r] * x[channel * stride + tap_at + dx].
-// TAPS is 1, 9, or 0 for any number.
+// MR filters, NV vectors of pixels; TAPS is 1, 9, or 0 for any number (n_taps).
 template <int MR, int NV, int TAPS>
-void panel_tile(const float* a, int64_t channels, int64_t n_taps, const int64_t* tap_at,
-                const float* x, int64_t stride, const int64_t* dx, float* z, int64_t z_stride,
-                bool add) {
+void multiply_panel(const float* a, int64_t channels, int64_t n_taps, const int64_t* tap_at,
+                    const float* x, int64_t stride, const int64_t* dx, float* z, int64_t z_stride,
+                    bool add) {
   V s[MR][NV];
   int64_t d[NV];
   UNROLL for (int v = 0; v < NV; v++) d[v] = dx[v];
@@ -25,7 +26,7 @@ void panel_tile(const float* a, int64_t channels, int64_t n_taps, const int64_t*
     const float* p = x + tap_at[0];
 #pragma GCC unroll 2
     for (int64_t c = 0; c < channels; c++) {
-      __builtin_prefetch(a + kFilterAhead);
+      __builtin_prefetch(a + kFilterPrefetch);
       V xv[NV];
       UNROLL for (int v = 0; v < NV; v++) xv[v] = load(p + d[v]);
       UNROLL for (int r = 0; r < MR; r++) {
@@ -41,7 +42,7 @@ void panel_tile(const float* a, int64_t channels, int64_t n_taps, const int64_t*
 #pragma GCC unroll 3
       for (int64_t t = 0; t < taps; t++) {
         const float* p = x + tap_at[t];
-        __builtin_prefetch(a + kFilterAhead);
+        __builtin_prefetch(a + kFilterPrefetch);
         V xv[NV];
         UNROLL for (int v = 0; v < NV; v++) xv[v] = load(p + d[v]);
         UNROLL for (int r = 0; r < MR; r++) {
@@ -58,15 +59,15 @@ void panel_tile(const float* a, int64_t channels, int64_t n_taps, const int64_t*
   }
 }
 
-typedef void (*PanelTile)(const float*, int64_t, int64_t, const int64_t*, const float*, int64_t,
-                          const int64_t*, float*, int64_t, bool);
+typedef void (*MultiplyPanel)(const float*, int64_t, int64_t, const int64_t*, const float*, int64_t,
+                              const int64_t*, float*, int64_t, bool);
 
-#define LEGO_ROW(NV, TAPS)                                                           \
-  {panel_tile<1, NV, TAPS>, panel_tile<2, NV, TAPS>, panel_tile<3, NV, TAPS>,        \
-   panel_tile<4, NV, TAPS>, panel_tile<5, NV, TAPS>, panel_tile<6, NV, TAPS>}
+#define LEGO_ROW(NV, TAPS)                                                                \
+  {multiply_panel<1, NV, TAPS>, multiply_panel<2, NV, TAPS>, multiply_panel<3, NV, TAPS>, \
+   multiply_panel<4, NV, TAPS>, multiply_panel<5, NV, TAPS>, multiply_panel<6, NV, TAPS>}
 #define LEGO_NV(NV) {LEGO_ROW(NV, 0), LEGO_ROW(NV, 1), LEGO_ROW(NV, 9)}
-// By vectors - 1, then taps (any, 1, 9), then filters - 1.
-const PanelTile kPanelTile[LEGO_VECTORS][3][kPanel] = {
+// Indexed by vectors - 1, then taps (any, 1, 9), then filters - 1.
+const MultiplyPanel kMultiplyPanel[LEGO_VECTORS][3][kPanel] = {
     LEGO_NV(1),
     LEGO_NV(2),
 #if LEGO_VECTORS > 2
@@ -75,11 +76,11 @@ const PanelTile kPanelTile[LEGO_VECTORS][3][kPanel] = {
 #endif
 };
 
-// The last few pixels of a run, one column each: the filters of the panel side by side in a vector.
-// column[n * column_stride + k] is the input of pixel n.
+// Multiplies a panel with the last few pixels of a run, each one column: a vector holds the filters of the
+// panel, not pixels. column[n * column_stride + k] is the input of pixel n.
 template <int NC>
-void panel_columns(const float* a, int64_t mr, int64_t depth, const float* column,
-                   int64_t column_stride, float* z, int64_t z_stride, bool add) {
+void multiply_columns(const float* a, int64_t mr, int64_t depth, const float* column,
+                      int64_t column_stride, float* z, int64_t z_stride, bool add) {
   constexpr int U = NC == 1 ? 4 : 2;
   V8 s[NC][U];
   UNROLL for (int n = 0; n < NC; n++) {
@@ -87,7 +88,7 @@ void panel_columns(const float* a, int64_t mr, int64_t depth, const float* colum
   }
   int64_t k = 0;
   for (; k + U <= depth; k += U) {
-    __builtin_prefetch(a + k * mr + kFilterAhead);
+    __builtin_prefetch(a + k * mr + kFilterPrefetch);
     UNROLL for (int u = 0; u < U; u++) {
       const V8 av = load8(a + (k + u) * mr);
       UNROLL for (int n = 0; n < NC; n++) s[n][u] += av * column[n * column_stride + k + u];
@@ -107,14 +108,14 @@ void panel_columns(const float* a, int64_t mr, int64_t depth, const float* colum
   }
 }
 
-typedef void (*PanelColumns)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t,
-                             bool);
-// More columns than this are cheaper as one vector.
+typedef void (*MultiplyColumns)(const float*, int64_t, int64_t, const float*, int64_t, float*,
+                                int64_t, bool);
+// With more pixels than this, one vector of pixels is faster.
 constexpr int64_t kMaxColumns = kLanes >= 8 ? 4 : 1;
-const PanelColumns kPanelColumns[4] = {panel_columns<1>, panel_columns<2>, panel_columns<3>,
-                                       panel_columns<4>};
+const MultiplyColumns kMultiplyColumns[4] = {multiply_columns<1>, multiply_columns<2>,
+                                             multiply_columns<3>, multiply_columns<4>};
 
-// Filters are cut into panels as even as can be: the first `n_tall` have one filter more.
+// The panels of a split, as even as possible: the first `n_tall` have one filter more than the others.
 struct Panels {
   int64_t count, n_tall, small;
   INLINE explicit Panels(int64_t rows) {
@@ -123,5 +124,5 @@ struct Panels {
     n_tall = count ? rows % count : 0;
   }
   INLINE int64_t height(int64_t p) const { return small + (p < n_tall); }
-  INLINE int64_t first(int64_t p) const { return p * small + least(p, n_tall); }
+  INLINE int64_t first(int64_t p) const { return p * small + min(p, n_tall); }
 };

@@ -1,5 +1,5 @@
-// What the library's functions share: the kernels of this CPU, scratch memory, and work dealt out to
-// threads.
+// What the library's functions share: the kernels of this CPU, scratch memory, and the distribution of
+// work to threads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -12,14 +12,14 @@
 
 namespace lego {
 
-// The best kernels that run here, or null: LEGOCOMPRESS_ISA names none that can.
+// The best kernels that run on this CPU; null if LEGOCOMPRESS_ISA names kernels that do not.
 const Kernel* kernel();
 
-// Floats on a cache line's boundary that grow and stay: one a thread.
+// Memory for floats, aligned to cache lines. It grows on demand and is kept; each thread has its own.
 class Buffer {
  public:
   ~Buffer() { std::free(raw_); }
-  // Null where there is no memory.
+  // Room for n floats, whose old values may be lost; null if there is not enough memory.
   float* floats(int64_t n) {
     if (n > size_) {
       std::free(raw_);
@@ -33,22 +33,22 @@ class Buffer {
   void* raw_ = nullptr;
   int64_t size_ = 0;
 };
-// Of each thread; its floats are what it needs while it works on one item.
+// The scratch memory of the calling thread, for its work on one item.
 Buffer& thread_scratch();
 
-// Items dealt out in one range a thread, so that a thread finds in its own cache what it wrote there
-// a layer before; whoever is done with its range helps with the others.
-class Deal {
+// Distributes items to threads. Each thread has one range of items, so that it finds in its own cache what
+// it wrote there one layer before; a thread that is done with its range helps with the others.
+class WorkQueue {
  public:
   void start(int64_t items, int threads) {
-    n_ = std::min(threads, kMostRanges);
+    n_ = std::min(threads, kMaxRanges);
     for (int i = 0; i < n_; i++) {
       ranges_[i].next = items * i / n_;
       ranges_[i].end = items * (i + 1) / n_;
     }
   }
 
-  // The next item, or -1 where none is left.
+  // The next item, or -1 if none is left.
   int64_t take() {
     for (int i = 0; i < n_; i++) {
       Range& range = ranges_[(thread_number() + i) % n_];
@@ -60,24 +60,26 @@ class Deal {
   }
 
  private:
-  static constexpr int kMostRanges = 64;
+  static constexpr int kMaxRanges = 64;
   struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  Range ranges_[kMostRanges];
+  Range ranges_[kMaxRanges];
   int n_;
 };
 
-inline int64_t multiply(int64_t a, int64_t b) {  // saturating; both at least 0
+// a * b, or a very large number if that would overflow; a and b are at least 0.
+inline int64_t multiply_saturating(int64_t a, int64_t b) {
   return b && a > INT64_MAX / 4 / b ? INT64_MAX / 4 : a * b;
 }
 
-inline bool are_sizes(std::initializer_list<int64_t> values) {
+inline bool are_valid_sizes(std::initializer_list<int64_t> values) {
   return std::all_of(values.begin(), values.end(), [](int64_t v) { return v >= 1 && v <= INT32_MAX; });
 }
 
-inline int64_t out_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
+// Rows or columns of the output of a conv or pooling; -1 if the kernel is larger than the input.
+inline int64_t output_size(int64_t in, int64_t pad, int64_t dilation, int64_t kernel, int64_t stride) {
   const int64_t room = in + 2 * pad - dilation * (kernel - 1) - 1;
   return room < 0 ? -1 : room / stride + 1;
 }

@@ -1,4 +1,4 @@
-// Any CPU, by what the compiler makes of 4 floats side by side: 6 filters x 8 pixels.
+// Any CPU, by the compiler's code for vectors of 4 floats: a register tile of 6 filters x 8 pixels.
 #define LEGO_ISA portable
 #define LEGO_NAME "portable"
 #define LEGO_LANES 4

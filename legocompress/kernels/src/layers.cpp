@@ -1,4 +1,4 @@
-// Layers that are no Lego convs: pooling, means, linear layers and depthwise convs.
+// The other layers: pooling, means, linear layers and depthwise convs.
 #include "job.h"
 
 namespace lego {
@@ -7,7 +7,7 @@ namespace {
 struct PoolJob {
   const Pool* pool;
   const Kernel* kernel;
-  Deal items;  // blocks of planes of the first bands of output rows, then of the next
+  WorkQueue items;  // blocks of planes of the first band of output rows, then of the next
   int64_t bands, blocks;
   std::atomic<bool> failed{false};
 };
@@ -43,12 +43,12 @@ void run_means(void* context) {
   }
 }
 
-constexpr int64_t kOutputs = 16;  // of a linear layer, dealt out together: a cache line
+constexpr int64_t kOutputs = 16;  // outputs of one item of a linear layer: a cache line
 
 struct LinearJob {
   const Linear* linear;
   const Kernel* kernel;
-  Deal items;
+  WorkQueue items;
 };
 
 void run_linear(void* context) {
@@ -59,19 +59,19 @@ void run_linear(void* context) {
   }
 }
 
-constexpr int64_t kPlanes = 4;  // of a depthwise conv, dealt out together
+constexpr int64_t kPlanes = 4;  // planes of one item of a depthwise conv
 
 struct DepthwiseJob {
   const Depthwise* conv;
   const Kernel* kernel;
-  Deal items;
+  WorkQueue items;
   std::atomic<bool> failed{false};
 };
 
 void run_depthwise(void* context) {
   DepthwiseJob& job = *static_cast<DepthwiseJob*>(context);
   const Depthwise& d = *job.conv;
-  float* scratch = thread_scratch().floats(job.kernel->depthwise_floats(d));
+  float* scratch = thread_scratch().floats(job.kernel->count_depthwise_floats(d));
   if (!scratch) {
     job.failed = true;
     return;
@@ -82,24 +82,38 @@ void run_depthwise(void* context) {
   }
 }
 
+// Whether the numbers of a max pooling are in range and fit each other.
+bool is_valid(const PoolCall& c) {
+  return are_valid_sizes({c.planes, c.height, c.width, c.out_h, c.out_w, c.kernel_h, c.kernel_w,
+                          c.stride_h, c.stride_w, c.dilation_h, c.dilation_w, c.threads}) &&
+         c.kernel_h <= kMaxPool && c.kernel_w <= kMaxPool && c.pad_h >= 0 && c.pad_w >= 0 &&
+         2 * c.pad_h <= c.kernel_h && 2 * c.pad_w <= c.kernel_w &&
+         c.out_h == output_size(c.height, c.pad_h, c.dilation_h, c.kernel_h, c.stride_h) &&
+         c.out_w == output_size(c.width, c.pad_w, c.dilation_w, c.kernel_w, c.stride_w);
+}
+
+// Whether the numbers of a depthwise conv are in range and fit each other.
+bool is_valid(const DepthwiseCall& c) {
+  return are_valid_sizes({c.batch, c.channels, c.n_out, c.height, c.width, c.out_h, c.out_w,
+                          c.kernel_h, c.kernel_w, c.stride_h, c.stride_w, c.dilation_h,
+                          c.dilation_w, c.threads}) &&
+         c.pad_h >= 0 && c.pad_w >= 0 && c.pad_h <= INT32_MAX && c.pad_w <= INT32_MAX &&
+         c.n_out % c.channels == 0 && multiply_saturating(c.kernel_h, c.kernel_w) <= kMaxTaps &&
+         multiply_saturating(c.height + 2 * c.pad_h, c.width + 2 * c.pad_w) <= int64_t{1} << 40 &&
+         c.activation >= kNone && c.activation <= kSilu &&
+         c.out_h == output_size(c.height, c.pad_h, c.dilation_h, c.kernel_h, c.stride_h) &&
+         c.out_w == output_size(c.width, c.pad_w, c.dilation_w, c.kernel_w, c.stride_w);
+}
+
 }  // namespace
 }  // namespace lego
 
-// Max pooling. The caller vouches for the sizes of x and y; returns a Status.
+// Max pooling. The caller guarantees the sizes of x and y. Returns a Status.
 EXPORT int64_t lego_max_pool2d(const PoolCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  if (!are_sizes({c->planes, c->height, c->width, c->out_h, c->out_w, c->kernel_h, c->kernel_w,
-                  c->stride_h, c->stride_w, c->dilation_h, c->dilation_w, c->threads})) {
-    return kBadCall;
-  }
-  if (c->kernel_h > kMaxPool || c->kernel_w > kMaxPool || c->pad_h < 0 || c->pad_w < 0 ||
-      2 * c->pad_h > c->kernel_h || 2 * c->pad_w > c->kernel_w ||
-      c->out_h != out_size(c->height, c->pad_h, c->dilation_h, c->kernel_h, c->stride_h) ||
-      c->out_w != out_size(c->width, c->pad_w, c->dilation_w, c->kernel_w, c->stride_w)) {
-    return kBadCall;
-  }
+  if (!is_valid(*c)) return kBadCall;
   Pool p{c->x,        c->y,        c->planes, c->height, c->width,      c->out_h,      c->out_w, c->kernel_h,
          c->kernel_w, c->stride_h, c->stride_w, c->pad_h,  c->pad_w,      c->dilation_h, c->dilation_w, 0};
   p.row_floats = c->pad_w + std::max(c->width + c->pad_w,
@@ -109,21 +123,21 @@ EXPORT int64_t lego_max_pool2d(const PoolCall* c) {
   PoolJob job;
   job.pool = &p;
   job.kernel = k;
-  // A band a thread, since the conv before has dealt out its rows in the same way.
+  // One band per thread, since the conv before it has distributed its rows in the same way.
   job.bands = std::min(c->threads, c->out_h);
   job.blocks = (c->planes + 7) / 8;
   const int threads = static_cast<int>(std::min(c->threads, job.bands * job.blocks));
   job.items.start(job.bands * job.blocks, threads);
-  on_threads(threads, run_pool, &job);
+  run_on_threads(threads, run_pool, &job);
   return job.failed ? kNoMemory : kDone;
 }
 
-// The mean of each map. The caller vouches for the sizes of x and y; returns a Status.
+// The mean of each map. The caller guarantees the sizes of x and y. Returns a Status.
 EXPORT int64_t lego_means(const MeansCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  if (!are_sizes({c->planes, c->size, c->threads})) {
+  if (!are_valid_sizes({c->planes, c->size, c->threads})) {
     return kBadCall;
   }
   MeansJob job;
@@ -132,16 +146,16 @@ EXPORT int64_t lego_means(const MeansCall* c) {
   job.planes = c->planes;
   job.size = c->size;
   job.kernel = k;
-  on_threads(static_cast<int>(c->threads), run_means, &job);
+  run_on_threads(static_cast<int>(c->threads), run_means, &job);
   return kDone;
 }
 
-// A linear layer. The caller vouches for the sizes of all tensors; returns a Status.
+// A linear layer. The caller guarantees the sizes of all tensors. Returns a Status.
 EXPORT int64_t lego_linear(const LinearCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  if (!are_sizes({c->batch, c->channels, c->n_out, c->threads})) {
+  if (!are_valid_sizes({c->batch, c->channels, c->n_out, c->threads})) {
     return kBadCall;
   }
   if (c->activation < kNone || c->activation > kSilu) return kBadCall;
@@ -153,28 +167,16 @@ EXPORT int64_t lego_linear(const LinearCall* c) {
   job.linear = &l;
   job.kernel = k;
   job.items.start(items, threads);
-  on_threads(threads, run_linear, &job);
+  run_on_threads(threads, run_linear, &job);
   return kDone;
 }
 
-// A depthwise conv. The caller vouches for the sizes of all tensors; returns a Status.
+// A depthwise conv. The caller guarantees the sizes of all tensors. Returns a Status.
 EXPORT int64_t lego_depthwise(const DepthwiseCall* c) {
   using namespace lego;
   const Kernel* k = kernel();
   if (!k) return kNoKernel;
-  if (!are_sizes({c->batch, c->channels, c->n_out, c->height, c->width, c->out_h, c->out_w,
-                  c->kernel_h, c->kernel_w, c->stride_h, c->stride_w, c->dilation_h,
-                  c->dilation_w, c->threads})) {
-    return kBadCall;
-  }
-  if (c->pad_h < 0 || c->pad_w < 0 || c->pad_h > INT32_MAX || c->pad_w > INT32_MAX ||
-      c->n_out % c->channels || multiply(c->kernel_h, c->kernel_w) > kMaxTaps ||
-      multiply(c->height + 2 * c->pad_h, c->width + 2 * c->pad_w) > int64_t{1} << 40 ||
-      c->activation < kNone || c->activation > kSilu ||
-      c->out_h != out_size(c->height, c->pad_h, c->dilation_h, c->kernel_h, c->stride_h) ||
-      c->out_w != out_size(c->width, c->pad_w, c->dilation_w, c->kernel_w, c->stride_w)) {
-    return kBadCall;
-  }
+  if (!is_valid(*c)) return kBadCall;
   const Depthwise d{c->weight,   c->bias,     c->x,        c->y,        c->batch,      c->channels,
                     c->n_out,    c->height,   c->width,    c->out_h,    c->out_w,      c->kernel_h,
                     c->kernel_w, c->stride_h, c->stride_w, c->pad_h,    c->pad_w,      c->dilation_h,
@@ -185,6 +187,6 @@ EXPORT int64_t lego_depthwise(const DepthwiseCall* c) {
   job.conv = &d;
   job.kernel = k;
   job.items.start(items, threads);
-  on_threads(threads, run_depthwise, &job);
+  run_on_threads(threads, run_depthwise, &job);
   return job.failed ? kNoMemory : kDone;
 }

@@ -1,9 +1,9 @@
-// Pooling of NCHW maps. Max pooling: each output row is the maximum of input rows, then of their columns.
+// Pooling of NCHW maps. Max pooling takes the maximum of input rows first, then of the columns of that row.
 
-// NaN wins, as it does in PyTorch.
-INLINE V vmax_nan(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
+// The larger value, or NaN if either is NaN, as in PyTorch.
+INLINE V vmax_or_nan(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
 
-// Output rows [first_row, last_row) of planes [first, last). `row` holds p.row_floats floats.
+// Computes output rows [first_row, last_row) of planes [first, last). `row` is scratch of p.row_floats floats.
 void max_pool(const Pool& p, int64_t first, int64_t last, int64_t first_row, int64_t last_row,
               float* row) {
   const V lowest = splat(-__builtin_inff());
@@ -23,20 +23,20 @@ void max_pool(const Pool& p, int64_t first, int64_t last, int64_t first_row, int
       if (p.width - i < kLanes) {
         if (p.width < kLanes || !n) {
           for (; i < p.width; i++) {
-            float most_of = -__builtin_inff();
+            float maximum = -__builtin_inff();
             for (int64_t k = 0; k < n; k++) {
               const float a = from[k][i];
-              if (a > most_of || a != a) most_of = a;
-              if (most_of != most_of) break;
+              if (a > maximum || a != a) maximum = a;
+              if (maximum != maximum) break;
             }
-            inside[i] = most_of;
+            inside[i] = maximum;
           }
           break;
         }
-        i = p.width - kLanes;  // the last columns by a vector that overlaps the one before
+        i = p.width - kLanes;  // the last vector overlaps the one before it
       }
       V m = lowest;
-      for (int64_t k = 0; k < n; k++) m = vmax_nan(load(from[k] + i), m);
+      for (int64_t k = 0; k < n; k++) m = vmax_or_nan(load(from[k] + i), m);
       store(inside + i, m);
     }
     float* y = p.y + at * p.out_w;
@@ -53,7 +53,7 @@ void max_pool(const Pool& p, int64_t first, int64_t last, int64_t first_row, int
         } else {
           UNROLL for (int u = 0; u < kLanes; u++) a[u] = q[u * p.stride_w];
         }
-        m = vmax_nan(a, m);
+        m = vmax_or_nan(a, m);
       }
       if (p.out_w - i >= kLanes) {
         store(y + i, m);
@@ -64,7 +64,7 @@ void max_pool(const Pool& p, int64_t first, int64_t last, int64_t first_row, int
   }
 }
 
-// The means of planes [first, last), each of `size` floats.
+// Computes the means of planes [first, last), each of `size` floats.
 void means(const float* x, int64_t size, int64_t first, int64_t last, float* y) {
   for (int64_t plane = first; plane < last; plane++) {
     const float* from = x + plane * size;

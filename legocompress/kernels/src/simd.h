@@ -1,8 +1,8 @@
-// Vectors of LEGO_LANES floats by the vector extensions of GCC and Clang. Included once per
-// instruction set, each time inside a namespace of its own: nothing here may be shared by the linker.
+// Vectors of LEGO_LANES floats, by the vector extensions of GCC and Clang. This file is included once per
+// instruction set, each time in another namespace, so that the linker cannot share code between them.
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
-// Without it GCC keeps arrays of accumulators in memory, three times slower.
+// Without it GCC keeps arrays of accumulators in memory, which is three times slower.
 #define UNROLL _Pragma("GCC unroll 16")
 
 typedef float V __attribute__((vector_size(4 * LEGO_LANES)));
@@ -11,7 +11,7 @@ typedef int32_t Vi __attribute__((vector_size(4 * LEGO_LANES)));
 constexpr int64_t kLanes = LEGO_LANES;
 constexpr int64_t kPixels = LEGO_LANES * LEGO_VECTORS;
 
-// Eight lanes everywhere, for a panel of Lego filters side by side.
+// Eight lanes on every CPU, for the filters of one panel.
 typedef float V4u __attribute__((vector_size(16), aligned(4), may_alias));
 typedef float V8 __attribute__((vector_size(32)));
 typedef float V8u __attribute__((vector_size(32), aligned(4), may_alias));
@@ -24,18 +24,18 @@ INLINE void store4(float* p, V4u v) { *reinterpret_cast<V4u*>(p) = v; }
 INLINE V splat(float a) { return a - V{}; }
 INLINE V vmax(V a, V b) { return a > b ? a : b; }
 INLINE V vmin(V a, V b) { return a < b ? a : b; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-// Rows an odd number of 64-byte lines apart do not fall into one cache set.
-INLINE int64_t odd_lines(int64_t floats) {
+// Rounds up to an odd number of 64-byte cache lines: rows that far apart do not fall into one cache set.
+INLINE int64_t round_to_odd_lines(int64_t floats) {
   const int64_t lines = ceil_div(floats, 16);
   return (lines | 1) * 16;
 }
 
 // exp(x) for x <= 0, to 2 units in the last place (the polynomial of Cephes' expf).
-INLINE V exp_negative(V x) {
+INLINE V exp_of_negative(V x) {
   x = vmax(x, splat(-87.0f));
   const V n = x * 1.44269504088896341f - 0.5f;
   const Vi i = __builtin_convertvector(n, Vi);  // truncation; n <= 0, so this rounds to nearest
@@ -49,14 +49,14 @@ INLINE V exp_negative(V x) {
   p = p * r * r + r + 1.0f;
   return p * (V)((i + 127) << 23);
 }
-// x * sigmoid(x), by exp of a negative number only, so that nothing overflows.
+// x * sigmoid(x), by the exp of a negative number, so that nothing overflows.
 INLINE V silu(V x) {
-  const V e = exp_negative(x < V{} ? x : -x);
+  const V e = exp_of_negative(x < V{} ? x : -x);
   return x * (x < V{} ? e : splat(1.0f)) / (1.0f + e);
 }
 template <int A>
-INLINE V activated(V v) {
-  if (A == kRelu) return v < V{} ? V{} : v;  // so that NaN passes, as it does in PyTorch
+INLINE V activate(V v) {
+  if (A == kRelu) return v < V{} ? V{} : v;  // in this form NaN stays NaN, as in PyTorch
   if (A == kRelu6) {
     v = v < V{} ? V{} : v;
     return v > splat(6.0f) ? splat(6.0f) : v;
@@ -65,7 +65,7 @@ INLINE V activated(V v) {
   return v;
 }
 
-// The even and the odd lanes of a then b.
+// The even or the odd lanes of a, then those of b.
 #if LEGO_LANES == 4
 INLINE V even_lanes(V a, V b) { return __builtin_shufflevector(a, b, 0, 2, 4, 6); }
 INLINE V odd_lanes(V a, V b) { return __builtin_shufflevector(a, b, 1, 3, 5, 7); }
@@ -81,7 +81,7 @@ INLINE V odd_lanes(V a, V b) {
 }
 #endif
 
-// The lower and the upper halves of a and b, lane by lane in turn.
+// The lower or the upper halves of a and b, interleaved: a0 b0 a1 b1 ...
 #if LEGO_LANES == 4
 INLINE V zip_low(V a, V b) {
   return __builtin_shufflevector(a, b, 0, 4, 1, 5);
@@ -105,7 +105,7 @@ INLINE V zip_high(V a, V b) {
 }
 #endif
 
-// A block of kBlock x kBlock floats, for changes between the two memory formats.
+// Blocks of kBlock x kBlock floats, for conversion between contiguous and channels last.
 #if LEGO_LANES == 4
 constexpr int64_t kBlock = 4;
 typedef V B;

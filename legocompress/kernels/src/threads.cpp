@@ -1,7 +1,6 @@
-// Threads of the library's own, that never keep their caller waiting for a thread that has not come:
-// on a busy core it may come milliseconds late, and the caller has done the work by then. OpenMP's
-// threads, PyTorch's too, all meet at the end of each job: there every layer waited for the busiest
-// core.
+// The library's own thread pool. A caller never waits for a thread that has not joined its job: on a busy
+// core the thread may start milliseconds late, when the caller has already done the work. OpenMP's threads,
+// PyTorch's too, all meet at the end of each job, so that every layer would wait for the busiest core.
 #include "threads.h"
 
 #include <atomic>
@@ -18,7 +17,7 @@
 namespace lego {
 namespace {
 
-// A forked child has none of its parent's threads: it runs on one.
+// A forked child does not have its parent's threads, so it runs on one thread.
 std::atomic<bool> g_forked{false};
 
 #ifndef _WIN32
@@ -37,12 +36,12 @@ void pause() {
 #endif
 }
 
-// About 50 microseconds: longer than from one layer of a network to the next.
+// Polls before a thread sleeps. About 50 microseconds: longer than the time between two layers of a network.
 constexpr int kSpins = 4000;
 
 thread_local int t_number = 0;
 
-// One job at a time; a second caller runs alone meanwhile.
+// The pool runs one job at a time; a second caller meanwhile does its work alone.
 class Pool {
  public:
   void run(int threads, void (*work)(void*), void* context) {
@@ -57,7 +56,7 @@ class Pool {
         });
       }
     } catch (const std::system_error&) {
-      // No more threads are to be had: the job goes on with those that are there.
+      // The system gives no more threads: the job runs on those that exist.
     }
     work_ = work;
     context_ = context;
@@ -68,7 +67,7 @@ class Pool {
       wake_.notify_all();
     }
     work(context);
-    // Nobody may join any more; who has joined is waited for.
+    // From here on no thread may join. Wait for those that have.
     uint64_t now = state_.load();
     while (!state_.compare_exchange_weak(now, now & ~(kPlaces * kPlace))) {
     }
@@ -81,7 +80,8 @@ class Pool {
   }
 
  private:
-  // The state in one word: the number of the job, its free places, and who is at work.
+  // The state in one word: the number of the job, its free places, and the number of threads at work.
+  // In this order, from the highest bits; the last two have 12 bits each.
   static constexpr uint64_t kPlace = 1 << 12, kPlaces = kPlace - 1, kJob = kPlace << 12;
 
   void serve() {
@@ -95,7 +95,7 @@ class Pool {
       }
       work_(context_);
       if ((state_.fetch_sub(1) & kPlaces) == 1) {
-        // Empty, so that a caller that is about to sleep sleeps first.
+        // Lock and unlock, so that a caller that is about to sleep is asleep before it is notified.
         { std::lock_guard<std::mutex> hold(mutex_); }
         done_.notify_one();
       }
@@ -104,7 +104,7 @@ class Pool {
 
   static uint64_t places(uint64_t state) { return state / kPlace & kPlaces; }
 
-  // Takes a place of a job, waiting for one a while.
+  // Takes a place of a job; false if there is none for kSpins polls.
   bool join() {
     uint64_t now = state_.load();
     for (int i = 0; i < kSpins; i++) {
@@ -127,15 +127,15 @@ class Pool {
 };
 
 Pool& pool() {
-  static Pool* only = new Pool;  // never destroyed: its workers may outlive main
-  return *only;
+  static Pool* the_pool = new Pool;  // never destroyed: its workers may outlive main
+  return *the_pool;
 }
 
 }  // namespace
 
 int thread_number() { return t_number; }
 
-void on_threads(int threads, void (*work)(void*), void* context) {
+void run_on_threads(int threads, void (*work)(void*), void* context) {
   if (threads <= 1 || g_forked) return work(context);
   pool().run(threads, work, context);
 }

@@ -1,0 +1,1 @@
+"""Benchmarks: one script per claim of the documentation. README.md lists them."""

@@ -1,0 +1,180 @@
+"""A calibration run: read or synthesise images, calibrate with progress bars, measure accuracy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import legocompress as lego
+from legocompress.calibrate.calibration import FEWEST
+from legocompress.calibrate.crops import open_crops
+from legocompress.data.images import Images
+from legocompress.errors import UsageError
+from legocompress.state.calibration import LabelledCheck
+
+from .options import CalibrationRequest
+from .progress import progress_bar
+
+SYNTHETIC = "synthetic"
+CROPS_ADVISED_BELOW = 256  # photos
+
+
+def run_calibration(
+    network: nn.Module,
+    original: nn.Module,
+    request: CalibrationRequest,
+    target: Path,
+    quiet: bool,
+) -> lego.Calibration:
+    """Calibrate a network in place, and measure its accuracy if labelled images are given.
+
+    Args:
+        network: the compressed network.
+        original: the network that it was converted from.
+        request: what the options ask for.
+        target: the folder that will be written; finished layers are stored next to it until
+            `remove_journal`.
+        quiet: show no progress bar.
+
+    Raises:
+        UsageError: crops of synthetic images, or `labelled` images without labels.
+    """
+    if request.data == SYNTHETIC and request.crops > 1:
+        raise UsageError("--crops takes parts of photos; leave it out with synthetic images")
+    if request.labelled is None:
+        return _calibrate(network, original, request, target, quiet)
+    images = _open_labelled(original, request.labelled, request.data_dir)
+
+    def evaluate(teacher: nn.Module | None) -> lego.Evaluation:
+        batches = images.batches(request.batch_size, request.workers)
+        return lego.evaluate(network, batches, teacher, images.n_classes)
+
+    before = evaluate(original)
+    record = _calibrate(network, original, request, target, quiet)
+    accuracy = LabelledCheck(
+        images=before.images,
+        original=_require_accuracy(before.original_top1),
+        before=_require_accuracy(before.top1),
+        after=_require_accuracy(evaluate(None).top1),
+    )
+    return _update_record(network, record, accuracy=accuracy)
+
+
+def remove_journal(target: Path) -> None:
+    """Remove the finished layers that were stored for a resume, once `target` is written."""
+    shutil.rmtree(_journal_folder(target), ignore_errors=True)
+
+
+def _journal_folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.calibrating")
+
+
+def _calibrate(
+    network: nn.Module,
+    original: nn.Module,
+    request: CalibrationRequest,
+    target: Path,
+    quiet: bool,
+) -> lego.Calibration:
+    """Calibrate with progress bars; finished layers are stored for a resume."""
+    is_synthetic = request.data == SYNTHETIC
+    make_images = _synthesise_images if is_synthetic else _read_images
+    with progress_bar(quiet) as bar:
+        images = make_images(original, request, bar)
+        layers = bar.add_task("layers", total=sum(1 for _ in lego.lego_modules(network)))
+        joint = bar.add_task("all together", total=None, visible=request.epochs > 0)
+        try:
+            record = lego.calibrate_(
+                network,
+                original,
+                images,
+                seed=request.seed,
+                epochs=request.epochs,
+                batch_size=request.batch_size,
+                synthetic=is_synthetic,
+                journal=_journal_folder(target),
+                on_layer=lambda row: bar.advance(layers),
+                on_batch=lambda done, total: bar.update(joint, completed=done, total=total),
+            )
+        except KeyboardInterrupt:
+            click.echo(
+                f"The finished layers are stored in {_journal_folder(target)}; the same command "
+                "continues from there.",
+                err=True,
+            )
+            raise
+    return _update_record(network, record, crops=request.crops)
+
+
+def _update_record(
+    network: nn.Module, record: lego.Calibration, **changes: Any
+) -> lego.Calibration:
+    """Change fields of the calibration record, and attach the new record to the network."""
+    record = record.model_copy(update=changes)
+    lego.lego_state(network).calibration = record
+    return record
+
+
+def _open_labelled(original: nn.Module, where: str, data_dir: str | None) -> Images:
+    images = lego.open_images(where, original, data_dir)
+    if not images.labelled:
+        raise UsageError(f"--labelled: {where!r} has no labels to measure accuracy with")
+    return images
+
+
+def _require_accuracy(top1: float | None) -> float:
+    assert top1 is not None  # the images have labels
+    return top1
+
+
+def _read_images(original: nn.Module, request: CalibrationRequest, bar: Progress) -> Tensor:
+    """Read the images into one tensor (N, c, H, W), preprocessed for the original."""
+    images = open_crops(
+        request.data,
+        original,
+        request.images,
+        request.crops,
+        request.seed,
+        request.data_dir,
+        request.split,
+    )
+    _advise_crops(images.size, request)
+    task = bar.add_task("reading images", total=images.size)
+
+    def batches() -> Iterator[Tensor]:
+        for batch, _ in images.batches(request.batch_size, request.workers):
+            yield batch
+            bar.advance(task, len(batch))
+
+    return lego.gather(batches(), images.size)
+
+
+def _advise_crops(n_images: int, request: CalibrationRequest) -> None:
+    """Suggest `--crops` for a small image set."""
+    if request.crops > 1 or not FEWEST <= n_images < min(CROPS_ADVISED_BELOW, request.images):
+        return
+    n_crops = -(-CROPS_ADVISED_BELOW // n_images)
+    click.echo(
+        f"{n_images} images are few: --crops {n_crops} would take as many random crops of each",
+        err=True,
+    )
+
+
+def _synthesise_images(original: nn.Module, request: CalibrationRequest, bar: Progress) -> Tensor:
+    """Make images from noise by the original's norm statistics: (N, c, H, W)."""
+    task = bar.add_task("shaping noise", total=None)
+    with torch.random.fork_rng(devices=[]):
+        return lego.synthesise(
+            original,
+            request.images,
+            request.seed,
+            request.batch_size,
+            on_step=lambda done, total: bar.update(task, completed=done, total=total),
+        )

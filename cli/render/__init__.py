@@ -1,0 +1,28 @@
+"""What the commands print: tables and summaries for people, JSON and YAML for scripts."""
+
+from .benchmark import print_benchmark
+from .calibration import print_calibration, print_layer_repairs
+from .documents import print_json, print_plan_json, print_recipe
+from .evaluation import print_evaluation
+from .numbers import format_count, format_ratio, format_size
+from .plan import print_plan, print_skipped
+from .report import print_report, print_totals
+from .tables import print_table
+
+__all__ = [
+    "format_count",
+    "format_ratio",
+    "format_size",
+    "print_benchmark",
+    "print_calibration",
+    "print_evaluation",
+    "print_json",
+    "print_layer_repairs",
+    "print_plan",
+    "print_plan_json",
+    "print_recipe",
+    "print_report",
+    "print_skipped",
+    "print_table",
+    "print_totals",
+]

@@ -1,0 +1,42 @@
+"""What a calibration repaired."""
+
+from __future__ import annotations
+
+import click
+
+from legocompress.calibrate import Calibration
+
+from .numbers import format_error
+from .tables import print_table
+
+
+def print_layer_repairs(record: Calibration) -> None:
+    """Print one row per layer: the error of its output before and after its repair."""
+    rows = [
+        [repair.name, format_error(repair.before), format_error(repair.after), repair.note or ""]
+        for repair in record.layers
+    ]
+    print_table(["layer", "error before", "after", "note"], rows)
+
+
+def print_calibration(record: Calibration) -> None:
+    """Print what the calibration used, and the network's error and agreement before and after."""
+    kind = "synthetic images" if record.synthetic else "unlabelled images"
+    if record.crops > 1:
+        kind += f" ({record.crops} random crops of each photo)"
+    click.echo(
+        f"calibrated with {record.images} {kind}; output error and agreement on the fifth of them "
+        "that was held out:"
+    )
+    click.echo(f"{'output error':<20} {record.error_before:>10.3f} -> {record.error_after:>10.3f}")
+    if record.agreement_before is not None and record.agreement_after is not None:
+        click.echo(
+            f"{'agreement':<20} {record.agreement_before:>8.1f} % -> "
+            f"{record.agreement_after:>8.1f} %"
+        )
+    if record.accuracy is not None:
+        accuracy = record.accuracy
+        click.echo(
+            f"{'top-1':<20} {accuracy.before:>8.1f} % -> {accuracy.after:>8.1f} %   "
+            f"(original {accuracy.original:.1f} %, {accuracy.images} labelled images)"
+        )

@@ -1,0 +1,185 @@
+"""deploy_: a network in its fastest form for one machine, batch size and number of threads."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from legocompress import kernels
+from legocompress.deploy.autotune import autotune
+from legocompress.deploy.forward import DeployedForward, install_, uninstall_
+from legocompress.deploy.fusing import FusedGraph
+from legocompress.deploy.machine import describe_machine
+from legocompress.deploy.partition import Partition, partition_model
+from legocompress.deploy.route_plan import RoutePlan, explain_misfit, prepare_choices
+from legocompress.errors import DeployError
+from legocompress.lego.module import ModelT, lego_modules
+from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
+from legocompress.state.model_state import lego_state
+
+MAX_HINTS = 16
+
+
+def deploy_(
+    model: ModelT,
+    example_input: Any = None,
+    choices: Choices | None = None,
+    remeasure: bool = False,
+    only: tuple[ConvRoute, ...] | None = None,
+    formats: tuple[Format, ...] = ("nchw", "channels_last"),
+    seconds: float = 60.0,
+    on_layer: Callable[[str], None] | None = None,
+) -> ModelT:
+    """Bring a network into its fastest form for this machine, in place, and return it.
+
+    The network is traced (part by part where it does not trace as a whole). BatchNorm is folded
+    exactly; activations and residual sums are fused into the layers before them. Then the routes of
+    each layer are timed in both memory formats, and the fastest whole network is used; all-dense
+    forms are among the candidates. Dense networks can be deployed, too.
+
+    The parameters stay as they are, so the network can still be saved, exported and trained. It
+    computes as before it was deployed in train mode, with gradients, under autocast, on another
+    device or dtype, after a parameter has changed, and after a hook was registered on a part of it.
+    A layer that has hooks already is not deployed.
+
+    Args:
+        model: the network; it is put into eval mode.
+        example_input: a tensor (N, c, H, W) or a tuple of two; by default one image of the size
+            that the model's configuration names. Other sizes run too, by the same choices.
+        choices: routes to use without timing any, as `lego_state(model).deployment` holds them. By
+            default those of the checkpoint, if they were timed on the same kind of machine with
+            these sizes and threads.
+        remeasure: time the routes even if the checkpoint's choices could be used.
+        only: time these routes alone, in layers that have one of them.
+        formats: memory formats to try.
+        seconds: about how long to time whole networks.
+        on_layer: called with the name of each layer that has been timed, once per memory format.
+
+    Raises:
+        DeployError: the choices do not fit the network.
+        UsageError: the example contains no image.
+    """
+    undeploy_(model)
+    partition = partition_model(model.eval(), example_input)
+    machine = describe_machine(partition.images)
+    _warn_without_kernels(partition.images[0].device)
+
+    hints: tuple[Choices, ...] = lego_state(model).choices
+    usable_hints = () if remeasure or only is not None else hints
+    reusable = _reusable_choices(partition, machine, choices, usable_hints)
+
+    plans: list[tuple[FusedGraph, RoutePlan]] = []
+    installed: list[FusedGraph] = []
+    # A part that another part calls comes after it, and is deployed before it.
+    for part in reversed(partition.parts):
+        inputs = part.inputs()
+        if reusable is not None:
+            plan = prepare_choices(part.graph, inputs, reusable)
+        else:
+            plan = autotune(part.graph, inputs, seconds, on_layer, only, formats)
+        plans.append((part.graph, plan))
+        fault = install_(part.graph, plan.memory_format, inputs)
+        if fault is None:
+            installed.append(part.graph)
+        else:
+            partition.notes.append(f"{part.graph.name or '(root)'} runs by its own code: {fault}")
+    _freeze_undeployed_(model, installed)
+
+    made = _combine_choices(plans, machine)
+    state = lego_state(model)
+    if only is None:
+        state.choices = _add_hint(hints, made)
+    state.deployment = Deployment(
+        choices=made,
+        **_count(installed),
+        milliseconds={n: ms for _, plan in plans for n, ms in plan.milliseconds.items()},
+        notes=tuple(partition.notes),
+        hint_used=choices is None and reusable is not None,
+    )
+    return model
+
+
+def undeploy_(model: ModelT) -> ModelT:
+    """Undo `deploy_`: the network runs its own code again; its weights stay frozen."""
+    uninstall_(model)
+    lego_state(model).deployment = None
+    return model
+
+
+def deployed_graph(model: nn.Module) -> nn.Module:
+    """What a deployed network runs as a whole, on float tensors (N, c, H, W) in NCHW.
+
+    Raises:
+        DeployError: the network is not deployed, or only some parts of it could be traced.
+    """
+    forward = model.__dict__.get("forward")
+    if not isinstance(forward, DeployedForward) or forward.run is None:
+        raise DeployError("no single graph stands for this network: deploy_ could not trace it")
+    return forward.graph
+
+
+def _warn_without_kernels(device: torch.device) -> None:
+    reason = kernels.why_unavailable()
+    if reason is not None and device.type == "cpu":
+        _warn_once(f"deploy_ goes on without the fused kernel, slower: {reason}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("legocompress").warning(message)
+
+
+def _reusable_choices(
+    partition: Partition, machine: Machine, choices: Choices | None, hints: tuple[Choices, ...]
+) -> Choices | None:
+    """The user's choices, else the hint that was timed on such a machine, if it fits the network.
+
+    Raises:
+        DeployError: the user's choices do not fit the network.
+    """
+    reusable = choices or next((hint for hint in hints if hint.machine == machine), None)
+    if reusable is None:
+        return None
+    misfit = explain_misfit(partition.graphs, reusable, partition.images[0])
+    if misfit is not None and choices is not None:
+        raise DeployError(f"the choices do not fit this network here: {misfit}")
+    return reusable if misfit is None else None
+
+
+def _freeze_undeployed_(model: nn.Module, installed: list[FusedGraph]) -> None:
+    """Assemble the weights of the Lego layers that run by the network's own code."""
+    deployed: set[nn.Module] = set().union(*(graph.source_convs for graph in installed))
+    for _, module in lego_modules(model):
+        if module not in deployed:
+            module.freeze()
+
+
+def _combine_choices(plans: list[tuple[FusedGraph, RoutePlan]], machine: Machine) -> Choices:
+    return Choices(
+        machine=machine,
+        formats={graph.name: plan.memory_format for graph, plan in plans},
+        routes={name: route for _, plan in plans for name, route in plan.routes.items()},
+    )
+
+
+def _count(installed: list[FusedGraph]) -> dict[str, int]:
+    """The counts of a Deployment: layers, and what was folded and fused into them."""
+    convs = [conv for graph in installed for conv in graph.convs]
+    return {
+        "n_layers": len(convs),
+        "n_lego": sum(conv.is_lego for conv in convs),
+        "n_norms": sum(graph.n_norms for graph in installed),
+        "n_activations": sum(graph.n_activations for graph in installed),
+        "n_sums": sum(graph.n_sums for graph in installed),
+    }
+
+
+def _add_hint(hints: tuple[Choices, ...], choices: Choices) -> tuple[Choices, ...]:
+    """The hints of other machines and sizes, and these choices as the latest."""
+    others = tuple(hint for hint in hints if hint.machine != choices.machine)
+    return (*others, choices)[-MAX_HINTS:]

@@ -1,0 +1,141 @@
+"""The forward of a deployed module: its graph where that is valid, else the module's own code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from legocompress.deploy.fusing import FusedGraph
+from legocompress.deploy.hooks import empty_hook_dicts
+from legocompress.deploy.memory_format import to_memory_format
+from legocompress.deploy.recorded import record_runs
+from legocompress.lego.surgery import Replacement
+from legocompress.state.deployment import Format
+
+# Largest difference of a deployed module from its own code, relative to the largest output.
+TOLERANCE = {
+    torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1,
+}  # fmt: skip
+
+
+class DeployedForward(Replacement):
+    """Stands in the place of a module's `forward`.
+
+    The graph runs as long as it computes what the module's own code would: in eval mode, without
+    gradients, autocast, compilation or tracing, on inputs of the same number, device, dtype and
+    rank as the example, and while no parameter or buffer has changed and no part has got a hook.
+    """
+
+    def __init__(
+        self, graph: FusedGraph, memory_format: Format, inputs: tuple[Tensor, ...]
+    ) -> None:
+        self.module, self.previous = graph.root, graph.root.__dict__.get("forward")
+        self.graph = graph.graph_module
+        self.run: Callable[..., Any] | None = record_runs(graph.graph_module).forward
+        self.memory_format = memory_format
+        self.input_kinds = [(x.device, x.dtype, x.dim()) for x in inputs]
+        self.state = [*graph.root.parameters(), *graph.root.buffers()]
+        self.version = self._state_version()
+        self.empty_hooks = empty_hook_dicts(graph.root)
+
+    @property
+    def own_forward(self) -> Callable[..., Any]:
+        """What the module runs without the graph."""
+        return self.previous or partial(type(self.module).forward, self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own_forward)
+
+    @property
+    def __code__(self) -> Any:  # torch.export reads it
+        return type(self.module).forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph, or the module's own code where the graph is not valid."""
+        if kwargs or not self._is_valid_for(args):
+            return self.own_forward(*args, **kwargs)
+        assert self.run is not None
+        with torch.no_grad():
+            return self.run(*(to_memory_format(x, self.memory_format) for x in args))
+
+    def _is_valid_for(self, args: tuple[Any, ...]) -> bool:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return False  # compilers and exporters trace the network's own code
+        if self.run is None or self.module.training or len(args) != len(self.input_kinds):
+            return False
+        for x, (device, dtype, n_axes) in zip(args, self.input_kinds, strict=True):
+            if type(x) is not Tensor or (x.device, x.dtype, x.dim()) != (device, dtype, n_axes):
+                return False
+            if (x.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled(
+                device.type
+            ):
+                return False
+        return self._state_version() == self.version and not any(self.empty_hooks)
+
+    def _state_version(self) -> int:
+        # PyTorch counts the in-place changes of each tensor; inference tensors have no count.
+        return sum(0 if value.is_inference() else value._version for value in self.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed weights cannot be copied or pickled, so a copy runs the network's own code.
+        return {**self.__dict__, "run": None, "graph": None, "state": [], "empty_hooks": []}
+
+
+def install_(graph: FusedGraph, memory_format: Format, inputs: tuple[Tensor, ...]) -> str | None:
+    """Replace the module's forward by its graph, or say why the graph cannot replace it.
+
+    The routes of the graph's layers must be in use; what they do not need is released.
+    """
+    for conv in graph.convs:
+        conv.release_others()
+    deployed = DeployedForward(graph, memory_format, inputs)
+    with torch.no_grad():
+        expected = _output_tensors(graph.root.forward(*inputs))
+        deployed(*inputs)  # records the runs of kernel layers
+        actual = _output_tensors(deployed(*inputs))  # replays them, as later calls do
+    if len(expected) != len(actual) or not all(map(_agree, expected, actual)):
+        return "deployed, it computes something else"
+    graph.root.__dict__["forward"] = deployed
+    return None
+
+
+def uninstall_(model: nn.Module) -> None:
+    """Give every module of a network the forward back that it had before `install_`."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, DeployedForward):
+            del module.__dict__["forward"]
+            if forward.previous is not None:
+                module.__dict__["forward"] = forward.previous
+
+
+def _output_tensors(value: Any) -> list[Tensor]:
+    """The tensors in a network's output, which may be nested in mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in _output_tensors(part)]
+    return []
+
+
+def _agree(expected: Tensor, actual: Tensor) -> bool:
+    """Whether two outputs are equal within the tolerance of their dtype."""
+    if expected.shape != actual.shape or expected.dtype != actual.dtype:
+        return False
+    if not expected.is_floating_point():
+        return True  # integers, such as classes, may differ after rounding
+    finite = expected.isfinite()
+    if not torch.equal(finite, actual.isfinite()):
+        return False
+    limit = TOLERANCE[expected.dtype]
+    expected, actual = expected[finite].double(), actual[finite].double()
+    gap = (expected - actual).abs()
+    return not gap.numel() or bool(gap.max() <= limit * expected.abs().max())

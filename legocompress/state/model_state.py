@@ -1,0 +1,44 @@
+"""The one typed place for everything that hangs on a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from legocompress.state.calibration import Calibration
+from legocompress.state.conversion import ConversionRecord
+from legocompress.state.deployment import Choices, Deployment
+from legocompress.state.source import Source
+
+NAME = "lego_state"
+
+
+@dataclass
+class LegoState:
+    """What is known about one model; each step of the pipeline fills its own field.
+
+    Attributes:
+        source: what rebuilds the network; None where nothing is known.
+        conversion: what the conversion was asked for, and the recipe of a fine-tuning.
+        calibration: what the network was calibrated with, and the effect.
+        choices: routes that `deploy_` has chosen, one entry per machine, threads and input sizes.
+        deployment: what `deploy_` did; None while the network is not deployed.
+    """
+
+    source: Source | None = None
+    conversion: ConversionRecord | None = None
+    calibration: Calibration | None = None
+    choices: tuple[Choices, ...] = ()
+    deployment: Deployment | None = None
+
+
+def lego_state(model: nn.Module) -> LegoState:
+    """Return the state of a model, which may be changed; a model without one gets an empty one.
+
+    The state is an attribute of the model, so it is copied with the model and goes with it.
+    """
+    state = model.__dict__.get(NAME)
+    if not isinstance(state, LegoState):
+        state = model.__dict__[NAME] = LegoState()
+    return state

@@ -1,0 +1,84 @@
+"""The deployed forward runs the graph only as long as that computes what the network would."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+
+import legocompress as lego
+from tests.support.deploying import X, deployed, relative, runs_by_graph
+
+
+def test_training_and_gradients_go_through_the_own_code() -> None:
+    model, _ = deployed()
+    assert runs_by_graph(model)
+    model.train()
+    model(X).sum().backward()
+    assert model.conv1.lego_filters.grad.abs().max() > 0
+    model.eval()
+    assert not runs_by_graph(model)  # the norms' statistics have moved
+    model, expected = deployed()
+    x = X.clone().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad.abs().max() > 0
+    assert relative(expected, model(X)) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["load", "step", "double", "autocast", "dense"])
+def test_a_change_is_seen(change: str) -> None:
+    model, expected = deployed()
+    x = X
+    with torch.no_grad():
+        if change == "load":
+            other = {name: value.clone() for name, value in model.state_dict().items()}
+            other["conv1.lego_filters"] *= 2
+            model.load_state_dict(other)
+        elif change == "step":
+            model.conv1.lego_filters.mul_(2)
+        elif change == "double":
+            model.double()
+            x = X.double()
+        elif change == "dense":
+            lego.to_dense_(model)
+            assert "forward" not in model.__dict__
+        if change in ("load", "step"):
+            assert not runs_by_graph(model)
+            assert relative(expected, model(X)) > 1e-3
+            assert torch.equal(model(X), lego.undeploy_(model)(X))
+        elif change == "autocast":
+            with torch.autocast("cpu"):
+                assert not runs_by_graph(model)
+        else:
+            assert relative(expected.to(x.dtype), model(x)) < 1e-5
+
+
+@pytest.mark.slow
+def test_copies_exports_and_undeploying() -> None:
+    model, expected = deployed()
+    twin = copy.deepcopy(model)
+    assert not runs_by_graph(twin) if "forward" in twin.__dict__ else True
+    with torch.no_grad():
+        assert relative(expected, twin(X)) < 1e-6
+        assert relative(expected, lego.to_dense(model)(X)) < 1e-6
+        exported = torch.export.export(model, (X,)).module()
+        assert relative(expected, exported(X)) < 1e-6
+        assert list(inspect.signature(model.forward).parameters) == ["x"]
+        lego.undeploy_(model)
+        assert "forward" not in model.__dict__
+        assert torch.equal(model(X), twin(X))
+
+
+def test_a_hook_that_comes_later_is_heard() -> None:
+    model, expected = deployed()
+    heard: list[Tensor] = []
+    with model.norm1.register_forward_hook(lambda module, args, output: heard.append(output)):
+        with torch.no_grad():
+            assert relative(expected, model(X)) < 1e-6
+        assert len(heard) == 1
+    assert runs_by_graph(model)
+    totals = lego.measure(model, example_input=X).totals()
+    assert totals["dense_macs"] > totals["macs"] > 0

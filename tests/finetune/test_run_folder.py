@@ -1,0 +1,112 @@
+"""The folder of a run: its files, and what overwrites or damages them."""
+
+from __future__ import annotations
+
+import csv
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import legocompress as lego
+from legocompress.errors import (
+    LegoError,
+    OutputError,
+    OutputExistsError,
+)
+from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loop import finetune_
+from tests.support.finetuning import compute_outputs, train
+from tests.support.tiny import compressed, recipe
+
+ONE_FROZEN_EPOCH = [{"epochs": 1, "indices": "frozen"}]
+ONE_EPOCH = [{"epochs": 1, "rates": {"proxies": 100.0}}]
+
+
+def test_the_files_of_a_run(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _, epochs = train(compressed(), images, {}, out=out, args={"checkpoint": "x"})
+    assert {path.name for path in out.iterdir()} == {"args.yaml", "summary.csv", "state.pt", "best",
+                                                     "last"}  # fmt: skip
+    with (out / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert [float(row["eval_top1"]) for row in rows] == [e.top1 for e in epochs]
+    assert [float(row["train_loss"]) for row in rows] == [e.progress.loss for e in epochs]
+    args = yaml.safe_load((out / "args.yaml").read_text())
+    assert args["checkpoint"] == "x"
+    assert args["recipe"] == recipe().model_dump(mode="json")
+    again = lego.load(out / "best")
+    assert lego.lego_state(again).conversion.recipe == args["recipe"]  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_run_is_not_overwritten(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(compressed(), images, {"stages": ONE_EPOCH}, out=out)
+    with pytest.raises(OutputExistsError, match="--resume"):
+        train(compressed(), images, {"stages": ONE_EPOCH}, out=out)
+    train(compressed(), images, {"stages": ONE_FROZEN_EPOCH}, out=out, force=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    for force in (False, True):
+        with pytest.raises(OutputExistsError):
+            train(compressed(), images, {"stages": ONE_EPOCH}, out=other, force=force)
+    assert (other / "thesis.tex").exists()
+
+
+def test_a_damaged_state_is_reported(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(compressed(), images, {"stages": ONE_EPOCH}, out=out)
+    for raw in (b"", b"x" * 99, (out / "state.pt").read_bytes()[:-500]):
+        (out / "state.pt").write_bytes(raw)
+        with pytest.raises(LegoError, match="damaged"):
+            train(compressed(), images, {"stages": ONE_EPOCH}, out=out, resume=True)
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Files of more than `limit` bytes cannot be written."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("limit", [2_000, 30_000])
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    limit: int, images: Path, tmp_path: Path
+) -> None:
+    """The smaller limit stops the network's file, the larger one the state's."""
+    out = tmp_path / "run"
+    model, settings = compressed(), recipe()
+    data = lego.open_training(model, settings, str(images))
+    first: dict[str, bytes] = {}
+    stack = full_disk(limit)
+
+    def fill(epoch: Epoch) -> None:
+        if not first:
+            first.update({str(p): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+            stack.__enter__()
+
+    try:
+        with pytest.raises(OutputError, match="no space left"):
+            finetune_(model, settings, *data, out=out, on_epoch=fill)
+    finally:
+        stack.__exit__(None, None, None)
+    state = str(out / "state.pt")
+    assert Path(state).read_bytes() == first[state]
+    lego.load(out / "best")
+    resumed, _ = train(compressed(), images, {}, out=out, resume=True)
+    whole, _ = train(compressed(), images, {})
+    assert torch.equal(compute_outputs(resumed), compute_outputs(whole))
