@@ -37,7 +37,7 @@ from benchmarks.common.arguments import make_parser
 from benchmarks.common.networks import randomise_
 from benchmarks.common.results import Row, append_row, read_rows
 from benchmarks.common.tables import format_head, format_row
-from legocompress.checkpoint import skeleton_of
+from legocompress.checkpoint import build_skeleton
 from legocompress.errors import LegoError
 from legocompress.models.factory import build
 from legocompress.models.probe import evaluating, model_cfg
@@ -177,7 +177,7 @@ def check_architecture(name: str, max_params: int, device: str = "cpu") -> Row:
     start = time.perf_counter()
     result: Row = {"name": name, "status": "planned", "faults": [], "skipped": {}}
     try:
-        skeleton = skeleton_of(make_source(name))
+        skeleton = build_skeleton(make_source(name))
         result["params"] = sum(p.numel() for p in skeleton.parameters())
         if not any(isinstance(m, nn.Conv2d) for m in skeleton.modules()):
             return {**result, "status": "no Conv2d"}

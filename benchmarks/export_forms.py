@@ -38,7 +38,7 @@ from benchmarks.common.networks import (
 from benchmarks.common.results import Row, append_row, read_rows
 from benchmarks.common.tables import format_head, format_row
 from legocompress.errors import ExportError
-from legocompress.export.program import differences, example_images
+from legocompress.export.program import make_example_images, measure_differences
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
 
@@ -85,7 +85,7 @@ def compare_dense(model: nn.Module, file: Path, images: Tensor) -> float:
 def compare_outputs(model: nn.Module, other: nn.Module, images: Tensor) -> float:
     """The largest difference of outputs over the largest output."""
     with torch.no_grad():
-        return differences(model.eval()(images), other.eval()(images))[1]
+        return measure_differences(model.eval()(images), other.eval()(images))[1]
 
 
 def write_dense(model: nn.Module, place: Path, images: Tensor, row: Row) -> None:
@@ -128,7 +128,7 @@ def check_network(name: str, weights: Path | None, out: Path, dtype: str) -> Row
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     folder = lego.save(model, place / "checkpoint")
-    images = example_images(model, image)
+    images = make_example_images(model, image)
     size = sum(f.stat().st_size for f in folder.iterdir())
     row: Row = {"name": name, "dtype": dtype, "layers": len(plan.layers)}
     row |= {"bytes": {"checkpoint": size}, "difference": {}}

@@ -26,7 +26,7 @@ def check_free(target: Path, force: bool) -> None:
 
 
 @contextmanager
-def writing(target: Path, force: bool = False, folder: bool = False) -> Iterator[Path]:
+def write_atomically(target: Path, force: bool = False, folder: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it to `target` on success, otherwise remove it.
 
     Args:
@@ -43,7 +43,7 @@ def writing(target: Path, force: bool = False, folder: bool = False) -> Iterator
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
-        raise _output_error(target, error) from error
+        raise _explain_failure(target, error) from error
     try:
         path = scratch / target.name
         if folder:
@@ -51,7 +51,7 @@ def writing(target: Path, force: bool = False, folder: bool = False) -> Iterator
         yield path
         _replace(path, target, scratch)
     except (OSError, SafetensorError) as error:
-        raise _output_error(target, error) from error
+        raise _explain_failure(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -77,7 +77,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(mode)  # safetensors would let only the owner read it
 
 
-def _output_error(target: Path, error: BaseException) -> OutputError:
+def _explain_failure(target: Path, error: BaseException) -> OutputError:
     """Make the error that says whether the disk is full or the path cannot be written."""
     disk_full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     code = getattr(error, "errno", None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from legocompress.errors import OutputError, OutputExistsError
-from legocompress.files import _replace, check_free, writing
+from legocompress.files import _replace, check_free, write_atomically
 
 
 def fill(path: Path, text: str, folder: bool) -> None:
@@ -24,7 +24,7 @@ def read(path: Path, folder: bool) -> str:
 
 
 def fail(target: Path, folder: bool, error: type[BaseException]) -> None:
-    with writing(target, force=True, folder=folder) as path:
+    with write_atomically(target, force=True, folder=folder) as path:
         fill(path, "half", folder)
         raise error
 
@@ -41,7 +41,7 @@ def folder(request: pytest.FixtureRequest) -> bool:
 
 def test_the_output_appears_only_at_the_end(tmp_path: Path, folder: bool) -> None:
     target = tmp_path / "deep" / "er" / "out"
-    with writing(target, folder=folder) as path:
+    with write_atomically(target, folder=folder) as path:
         assert path.name == "out"
         assert path.parent.parent == target.parent  # the same disk, so that renaming is atomic
         assert path.is_dir() is folder
@@ -63,7 +63,7 @@ def test_a_failure_keeps_the_old_output(
     tmp_path: Path, folder: bool, error: type[BaseException]
 ) -> None:
     target = tmp_path / "out"
-    with writing(target, folder=folder) as path:
+    with write_atomically(target, folder=folder) as path:
         fill(path, "old", folder)
     with pytest.raises(error):
         fail(target, folder, error)
@@ -73,7 +73,7 @@ def test_a_failure_keeps_the_old_output(
 
 def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with writing(target, folder=True) as path:
+    with write_atomically(target, folder=True) as path:
         fill(path, "old", True)
 
     def interrupt(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
@@ -89,7 +89,7 @@ def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Pat
         sys.settrace(interrupt)
         with (
             pytest.raises(KeyboardInterrupt),
-            writing(target, force=True, folder=True) as path,
+            write_atomically(target, force=True, folder=True) as path,
         ):
             fill(path, "new", True)
     finally:
@@ -100,15 +100,15 @@ def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Pat
 
 def test_to_replace_an_output_needs_force(tmp_path: Path, folder: bool) -> None:
     target = tmp_path / "out"
-    with writing(target, folder=folder) as path:
+    with write_atomically(target, folder=folder) as path:
         fill(path, "old", folder)
     with (
         pytest.raises(OutputExistsError, match=r"exists already.*--force"),
-        writing(target, folder=folder),
+        write_atomically(target, folder=folder),
     ):
         pytest.fail("the body must not run")
     assert read(target, folder) == "old"
-    with writing(target, force=True, folder=folder) as path:
+    with write_atomically(target, force=True, folder=folder) as path:
         fill(path, "new", folder)
         assert read(target, folder) == "old"
     assert read(target, folder) == "new"
@@ -119,14 +119,14 @@ def test_a_folder_replaces_a_folder_with_more_files(tmp_path: Path) -> None:
     target = tmp_path / "out"
     (target / "sub").mkdir(parents=True)
     (target / "sub" / "old").write_text("x")
-    with writing(target, force=True, folder=True) as path:
+    with write_atomically(target, force=True, folder=True) as path:
         fill(path, "new", True)
     assert_holds_only(target, "inside")
 
 
 def test_a_folder_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
-    with writing(tmp_path / "out", force=True, folder=True) as path:
+    with write_atomically(tmp_path / "out", force=True, folder=True) as path:
         fill(path, "new", True)
     assert read(tmp_path / "out", True) == "new"
     assert_holds_only(tmp_path, "out")
@@ -137,7 +137,7 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").write_text("x")
     with (
         pytest.raises(OutputError, match="cannot write"),
-        writing(tmp_path / "out", force=True) as path,
+        write_atomically(tmp_path / "out", force=True) as path,
     ):
         path.write_text("new")
     assert (tmp_path / "out" / "precious").read_text() == "x"
@@ -146,12 +146,12 @@ def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
 
 def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path, folder: bool) -> None:
     real = tmp_path / "real"
-    with writing(real, folder=folder) as path:
+    with write_atomically(real, folder=folder) as path:
         fill(path, "old", folder)
     (tmp_path / "link").symlink_to(real)
     with pytest.raises(OutputExistsError):
         check_free(tmp_path / "link", force=False)
-    with writing(tmp_path / "link", force=True, folder=folder) as path:
+    with write_atomically(tmp_path / "link", force=True, folder=folder) as path:
         fill(path, "new", folder)
     assert read(real, folder) == "old"
     assert read(tmp_path / "link", folder) == "new"
@@ -169,7 +169,7 @@ def test_a_file_where_the_parent_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(OutputError, match="cannot write"),
-        writing(tmp_path / "file" / "out"),
+        write_atomically(tmp_path / "file" / "out"),
     ):
         pytest.fail("the body must not run")
 
@@ -177,12 +177,12 @@ def test_a_file_where_the_parent_folder_should_be(tmp_path: Path) -> None:
 def test_a_full_disk_has_a_message_of_its_own(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"no space left.*Free some space"),
-        writing(tmp_path / "a"),
+        write_atomically(tmp_path / "a"),
     ):
         raise OSError(28, "No space left on device")
     with (
         pytest.raises(OutputError, match=r"cannot write .*: .*Input/output"),
-        writing(tmp_path / "a"),
+        write_atomically(tmp_path / "a"),
     ):
         raise OSError(5, "Input/output error")
     assert_holds_only(tmp_path)
@@ -193,7 +193,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir(mode=0o555)
     try:
-        with pytest.raises(OutputError, match="cannot write"), writing(place / "out"):
+        with pytest.raises(OutputError, match="cannot write"), write_atomically(place / "out"):
             pytest.fail("the body must not run")
         assert_holds_only(place)
     finally:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.checkpoint.codec import own_tensors
+from legocompress.checkpoint.codec import list_unique_tensors
 from legocompress.errors import LegoError
 
 SHARDS, PER_SHARD = 8, 2500
@@ -204,7 +204,7 @@ def assert_says_the_same(model: nn.Module, raw: bytes) -> None:
     """A loaded network holds exactly what the file says."""
     said = parsed(raw)
     units = dict(lego.lego_modules(model))
-    for name, tensor in own_tensors(model).items():
+    for name, tensor in list_unique_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         expected = said[name]
         if owner in units and leaf == "index":

@@ -32,7 +32,7 @@ from legocompress.calibrate.calibration import _keep_if_better
 from legocompress.calibrate.front import Front, steps
 from legocompress.calibrate.joint import (
     RATES,
-    copy_of_state,
+    copy_state,
     output_error,
     reestimate_norms_,
     tune_,
@@ -230,13 +230,13 @@ def tune_at_best_rate(
     rates: Sequence[float],
 ) -> float | None:
     """Tune at each rate from the same start and keep the best; None where the start is best."""
-    start = best = copy_of_state(network)
+    start = best = copy_state(network)
     error, chosen = judge(), None
     for rate in rates:
         network.load_state_dict(start)
         tune(rate)
         if (now := judge()) < error:
-            error, chosen, best = now, rate, copy_of_state(network)
+            error, chosen, best = now, rate, copy_state(network)
     network.load_state_dict(best)
     return chosen
 

@@ -19,14 +19,14 @@ from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.joint import (
     agreement,
-    copy_of_state,
+    copy_state,
     output_error,
     reestimate_norms_,
     tune_,
     tune_at_chosen_rate_,
 )
-from legocompress.calibrate.journal import Journal, digest, state_of
-from legocompress.calibrate.layers import HELD_OUT, repair_layers, unit_of, write_
+from legocompress.calibrate.journal import Journal, hash_states, hash_tensors
+from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, write_unit_
 from legocompress.errors import ConversionError, DataError
 from legocompress.lego.module import lego_modules
 from legocompress.models.probe import evaluating
@@ -129,8 +129,8 @@ def calibrate_(
         judge = partial(output_error, model, original, kept)
         before, agreed = judge(), agreement(model, original, kept)
         front = Front((original, model), torch.split(images.to(device), batch_size))
-        sha256 = digest(images)
-        key = f"{sha256} {state_of(model, original)} {seed} {batch_size}"
+        sha256 = hash_tensors(images)
+        key = f"{sha256} {hash_states(model, original)} {seed} {batch_size}"
         book = None if journal is None else Journal(Path(journal), key)
         rows = []
         for row in repair_layers(front, seed, book):
@@ -155,7 +155,7 @@ def calibrate_(
             )
             tune_at_chosen_rate_(model, run, judge, epochs, on_batch)
             for _, layer in lego_modules(model):
-                write_(layer, unit_of(layer))  # as the storage types hold the values
+                write_unit_(layer, read_unit(layer))  # as the storage types hold the values
 
         tuned = epochs > 0 and _keep_if_better(model, judge, tune)
         record = Calibration(
@@ -186,7 +186,7 @@ def _keep_if_better(
 ) -> bool:
     """Change the model, and undo the change unless `judge` falls; return whether it was kept."""
     before = judge()
-    state = copy_of_state(model)
+    state = copy_state(model)
     change()
     if judge() < before:
         return True

@@ -183,7 +183,7 @@ def tune_at_chosen_rate_(
 
         return report
 
-    start = copy_of_state(model)
+    start = copy_state(model)
     errors = {}
     for stage, rate in enumerate(RATES):
         run(epochs=trial, rate=rate, on_batch=report_stage(stage))
@@ -195,7 +195,7 @@ def tune_at_chosen_rate_(
     run(epochs=epochs, rate=rate, on_batch=report_stage(len(RATES)))
 
 
-def copy_of_state(model: nn.Module) -> dict[str, Tensor]:
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
     """Copy the parameters and buffers of a network."""
     return {key: value.clone() for key, value in model.state_dict().items()}
 

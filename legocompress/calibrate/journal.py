@@ -10,12 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from legocompress.files import writing
+from legocompress.files import write_atomically
 from legocompress.lego.module import LegoModule
 from legocompress.state.calibration import LayerRepair
 
 
-def digest(*tensors: Tensor) -> str:
+def hash_tensors(*tensors: Tensor) -> str:
     """SHA-256 over the values of tensors, in hex."""
     whole = hashlib.sha256()
     for tensor in tensors:
@@ -38,7 +38,7 @@ class Journal:
     def put(self, row: LayerRepair, layer: LegoModule) -> None:
         """Write one repaired layer."""
         tensors = {name: value.contiguous() for name, value in layer.state_dict().items()}
-        with writing(self._path(row.name), force=True) as path:
+        with write_atomically(self._path(row.name), force=True) as path:
             path.write_bytes(save(tensors, {"key": self.key, "row": row.model_dump_json()}))
 
     def take_(self, name: str, layer: LegoModule) -> LayerRepair | None:
@@ -58,6 +58,6 @@ class Journal:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
 
 
-def state_of(*networks: nn.Module) -> str:
+def hash_states(*networks: nn.Module) -> str:
     """SHA-256 over the state of networks."""
-    return digest(*(value for network in networks for value in network.state_dict().values()))
+    return hash_tensors(*(value for network in networks for value in network.state_dict().values()))

@@ -62,7 +62,7 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
     if before < EXACT:
         return LayerRepair(name=name, before=before**0.5, after=before**0.5)
     state = {key: value.clone() for key, value in layer.state_dict().items()}
-    write_(layer, fit_unit(layer.lego_shape, unit_of(layer), seen, held_out, seed))
+    write_unit_(layer, fit_unit(layer.lego_shape, read_unit(layer), seen, held_out, seed))
     # Read the effective weight again, since the class of the layer may standardise it.
     after = held_out.error(_padded(layer, next(_calls(front, name))[1][0].weight))
     if not after < before:
@@ -118,7 +118,7 @@ def _padded(layer: LegoModule, weight: Tensor) -> Tensor:
     return filters.reshape(shape.groups, shape.n_out // shape.groups, -1)
 
 
-def unit_of(layer: LegoModule) -> LegoUnit:
+def read_unit(layer: LegoModule) -> LegoUnit:
     """The unit that a layer holds, in float32, its filters as a bank (m, d)."""
     gains = None if layer.coefficients is None else layer.coefficients.detach().float()
     bank = layer.lego_filters.detach().float().flatten(1)
@@ -126,7 +126,7 @@ def unit_of(layer: LegoModule) -> LegoUnit:
 
 
 @torch.no_grad()
-def write_(layer: LegoModule, unit: LegoUnit) -> None:
+def write_unit_(layer: LegoModule, unit: LegoUnit) -> None:
     """Write a unit into the layer, rounded to its storage dtypes."""
     filters = unit.lego_filters.reshape(layer.lego_filters.shape)
     if layer.coefficients is not None:

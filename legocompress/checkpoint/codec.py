@@ -31,7 +31,7 @@ def unpack_index(packed: Tensor, bits: int, count: int) -> Tensor:
     return (digits << torch.arange(bits)).sum(1)
 
 
-def packed_bytes(shape: UnitShape) -> int:
+def count_packed_bytes(shape: UnitShape) -> int:
     """Bytes of the packed index of a layer."""
     return -(-shape.n_slots * shape.index_bits // 8)
 
@@ -45,8 +45,8 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     legos = dict(lego_modules(model))
     for lego in legos.values():
-        lego.settle()
-    for name, tensor in own_tensors(model).items():
+        lego.synchronise_index()
+    for name, tensor in list_unique_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         module = legos.get(owner)
         if module is not None and leaf == "proxy":
@@ -56,7 +56,7 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
         elif leaf == "index":
             stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
         elif leaf == "lego_filters":
-            stored.update(stored_filters(name, tensor.detach(), module.storage_dtype))
+            stored.update(encode_filters(name, tensor.detach(), module.storage_dtype))
         elif leaf == "coefficients":
             dtype = module.coefficients_dtype
             stored[name] = round_to_storage(tensor.detach(), dtype).to(TORCH_DTYPES[dtype])
@@ -66,7 +66,7 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}
 
 
-def stored_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, Tensor]:
+def encode_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, Tensor]:
     """Encode a bank (m, q, kh, kw) as tensors of a file; int8 adds the scales (m,)."""
     rounded = round_to_storage(filters, dtype)
     if dtype != "int8":
@@ -80,7 +80,7 @@ def scales_name(name: str) -> str:
     return f"{name.removesuffix('lego_filters')}lego_scales"
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def list_unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of a state dict, each under its first name only."""
     own: dict[str, Tensor] = {}
     seen: set[int] = set()

@@ -75,7 +75,7 @@ def _plain(cfg: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cfg.items() if not callable(value)}
 
 
-def config_text(config: dict[str, Any]) -> str:
+def format_config(config: dict[str, Any]) -> str:
     """Write a configuration as JSON text; CheckpointError if a value has no JSON form."""
     try:
         return json.dumps(config, indent=2, allow_nan=False) + "\n"

@@ -81,7 +81,7 @@ def check_input_size(cfg: dict[str, Any]) -> None:
 
 
 @contextmanager
-def building_at_most(parts: int, numbers: int) -> Iterator[None]:
+def limit_construction(parts: int, numbers: int) -> Iterator[None]:
     """Stop the constructor of a network, in this thread, if it registers more than allowed.
 
     Args:

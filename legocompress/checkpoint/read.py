@@ -10,7 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from legocompress.checkpoint.codec import own_tensors, packed_bytes, scales_name, unpack_index
+from legocompress.checkpoint.codec import (
+    count_packed_bytes,
+    list_unique_tensors,
+    scales_name,
+    unpack_index,
+)
 from legocompress.checkpoint.config import (
     CONFIG,
     MAX_CONFIG_BYTES,
@@ -20,8 +25,8 @@ from legocompress.checkpoint.config import (
     read_config,
 )
 from legocompress.checkpoint.hub import is_hub_name, local_folder
-from legocompress.checkpoint.limits import building_at_most, check_arguments
-from legocompress.checkpoint.write import fresh_network, skeleton_of
+from legocompress.checkpoint.limits import check_arguments, limit_construction
+from legocompress.checkpoint.write import build_network, build_skeleton
 from legocompress.errors import CheckpointError, LegoError, SpecError, UsageError
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.shape import UnitShape
@@ -107,15 +112,15 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
     parts = 1000 + 100 * len(file.keys())
     numbers = max(2**26, 1000 * (folder / TENSORS).stat().st_size)
     try:
-        with building_at_most(parts, numbers):
-            skeleton = skeleton_of(source)
+        with limit_construction(parts, numbers):
+            skeleton = build_skeleton(source)
         for name in block.layers:
             _find(skeleton, name)
-        for name, tensor in own_tensors(skeleton).items():
+        for name, tensor in list_unique_tensors(skeleton).items():
             owner, _, leaf = name.rpartition(".")
             if leaf != "weight" or owner not in block.layers:
                 _check_shape(file, name, tuple(tensor.shape))
-        return fresh_network(source)
+        return build_network(source)
     except CheckpointError:
         raise
     except LegoError as error:
@@ -126,9 +131,9 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
     """Turn layers of the dense model into Lego modules, and load the tensors of the file."""
     for name, layer in block.layers.items():
         _become_layer_(model, name, layer, file)
-    own = own_tensors(model)
+    own = list_unique_tensors(model)
     scales = {
-        scales_name(_within(name, "lego_filters"))
+        scales_name(_join_name(name, "lego_filters"))
         for name, layer in block.layers.items()
         if layer.dtype == "int8"
     }
@@ -175,7 +180,7 @@ def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
     return module
 
 
-def _within(owner: str, leaf: str) -> str:
+def _join_name(owner: str, leaf: str) -> str:
     return f"{owner}.{leaf}" if owner else leaf
 
 
@@ -195,8 +200,8 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -
     slots = (shape.n_split, n_out, shape.n_terms)
     # Checked before memory is taken for these sizes.
     bank = (shape.n_lego, shape.width, kh, kw)
-    _check_shape(file, _within(name, "lego_filters"), bank)
-    _check_shape(file, _within(name, "index"), (packed_bytes(shape),))
+    _check_shape(file, _join_name(name, "lego_filters"), bank)
+    _check_shape(file, _join_name(name, "index"), (count_packed_bytes(shape),))
     empty: Callable[..., Tensor] = torch.empty
     become_lego_(
         module,
@@ -234,7 +239,7 @@ def _read_scales(file: Any, name: str, shape: UnitShape) -> Tensor:
 
 
 def _read_index(file: Any, name: str, shape: UnitShape) -> Tensor:
-    packed = _read(file, name, (packed_bytes(shape),))
+    packed = _read(file, name, (count_packed_bytes(shape),))
     if packed.dtype != torch.uint8:
         raise CheckpointError(f"tensor {name!r} is {packed.dtype}, expected packed uint8")
     index = unpack_index(packed, shape.index_bits, shape.n_slots)

@@ -9,7 +9,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from legocompress.checkpoint.codec import encode, own_tensors
+from legocompress.checkpoint.codec import encode, list_unique_tensors
 from legocompress.checkpoint.config import (
     CONFIG,
     FORMAT_VERSION,
@@ -17,11 +17,11 @@ from legocompress.checkpoint.config import (
     VERSION,
     CompressionConfig,
     LayerConfig,
-    config_text,
+    format_config,
     timm_config,
 )
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, UsageError
-from legocompress.files import check_free, write_tensors, writing
+from legocompress.files import check_free, write_atomically, write_tensors
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
@@ -52,7 +52,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
     if not layers:
         raise CheckpointError("the model holds no Lego module; convert it before saving")
-    source = _rebuildable(model, source_of(model))
+    source = _find_rebuildable_source(model, source_of(model))
     record = lego_state(model).conversion
     block = CompressionConfig(
         format_version=FORMAT_VERSION,
@@ -70,10 +70,10 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     )
     config = timm_config(model, source)
     config["compression_config"] = block.model_dump(mode="json")
-    text = config_text(config)
+    text = format_config(config)
     target = Path(path)
     check_target(target, force)
-    with writing(target, force, folder=True) as folder:
+    with write_atomically(target, force, folder=True) as folder:
         write_tensors(encode(model), folder / TENSORS)
         (folder / CONFIG).write_text(text)
     return target
@@ -102,25 +102,25 @@ def _layer_config(module: LegoModule) -> LayerConfig:
     )
 
 
-def fresh_network(source: Source) -> nn.Module:
+def build_network(source: Source) -> nn.Module:
     """Build the architecture with random values, fused if the network was fused."""
     with torch.random.fork_rng(devices=[]):
         model = build(source)
     return reparameterize_model(model.eval(), inplace=True) if source.reparameterized else model
 
 
-def skeleton_of(source: Source) -> nn.Module:
+def build_skeleton(source: Source) -> nn.Module:
     """Build the architecture without memory for its tensors, if that is possible."""
     if source.reparameterized:  # fusing computes with values
-        return fresh_network(source)
+        return build_network(source)
     try:
         with torch.device("meta"):
             return build(source)
     except UsageError:
-        return fresh_network(source)
+        return build_network(source)
 
 
-def _rebuildable(model: nn.Module, source: Source) -> Source:
+def _find_rebuildable_source(model: nn.Module, source: Source) -> Source:
     """Return the source that rebuilds this network, in training form or fused.
 
     Raises:
@@ -132,7 +132,9 @@ def _rebuildable(model: nn.Module, source: Source) -> Source:
     try:
         for deployed in (source.reparameterized, not source.reparameterized):
             candidate = replace(source, reparameterized=deployed)
-            fresh = {k: tuple(v.shape) for k, v in own_tensors(skeleton_of(candidate)).items()}
+            fresh = {
+                k: tuple(v.shape) for k, v in list_unique_tensors(build_skeleton(candidate)).items()
+            }
             if fresh == ours:
                 return candidate
     except LegoError as error:
@@ -148,7 +150,7 @@ def _rebuildable(model: nn.Module, source: Source) -> Source:
 def _dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     legos = dict(lego_modules(model))
     shapes = {}
-    for name, tensor in own_tensors(model).items():
+    for name, tensor in list_unique_tensors(model).items():
         owner, _, leaf = name.rpartition(".")
         if owner not in legos or leaf not in LEGO_TENSORS:
             shapes[name] = tuple(tensor.shape)

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from legocompress.compress.convert import check_layers, reasons
+from legocompress.compress.convert import select_planned_layers, summarise_reasons
 from legocompress.compress.forms import (
     SHARES,
     cluster_forms,
     list_forms,
     make_form,
-    settings_of,
+    read_settings,
     size_form,
 )
 from legocompress.compress.plan_types import Plan
@@ -68,23 +68,23 @@ def allocate(
         ConversionError: a layer's weights hold NaN or infinity.
     """
     spec = LegoSpec() if spec is None else spec
-    budget = _budget(spec, {"max_size": max_size, "max_macs": max_macs})
+    budget = _check_budget(spec, {"max_size": max_size, "max_macs": max_macs})
     smallest = spec.model_copy(update={"m": SHARES[0], "o": 1})
     base = plan(model, smallest, example_input)
     if not base.layers:
-        raise PlanError(f"no layer can be converted: {reasons(base)}")
+        raise PlanError(f"no layer can be converted: {summarise_reasons(base)}")
     if max_macs is not None and not base.dense_macs:
         raise PlanError(f"max_macs cannot be met, since the MACs could not be counted: {base.note}")
-    layers = check_layers(fused_copy(model) if base.reparameterize else model, base)
+    layers = select_planned_layers(fused_copy(model) if base.reparameterize else model, base)
     choices = []
     for done, (name, row) in enumerate(base.layers.items(), 1):
         choices.append(list_forms(layers[name], row, seed))
         if on_layer is not None:
             on_layer(done, len(layers))
-    return _spec(spec, base, _checked(budget, base, choices, layers, seed))
+    return _make_spec(spec, base, _choose_measured_forms(budget, base, choices, layers, seed))
 
 
-def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]:
+def _check_budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]:
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget:
         raise SpecError("a budget is needed: max_size, max_macs or both")
@@ -102,7 +102,7 @@ def _budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]
     return budget
 
 
-def _checked(
+def _choose_measured_forms(
     budget: dict[str, float],
     base: Plan,
     choices: Sequence[list[Form]],
@@ -116,14 +116,14 @@ def _checked(
             return chosen
         for options, choice, row in zip(choices, chosen, base.layers.values(), strict=True):
             if choice.estimated and choice.shape is not None:
-                shape, spec = size_form(row, *settings_of(choice.shape))
+                shape, spec = size_form(row, *read_settings(choice.shape))
                 found = cluster_forms(layers[row.name], row, [shape], seed)[shape]
                 options[options.index(choice)] = make_form(row, shape, spec, *found, False)
     known = [[choice for choice in options if not choice.estimated] for options in choices]
     return choose_forms(budget, base, known)
 
 
-def _spec(spec: LegoSpec, base: Plan, chosen: Sequence[Form]) -> LegoSpec:
+def _make_spec(spec: LegoSpec, base: Plan, chosen: Sequence[Form]) -> LegoSpec:
     if all(choice.shape is None for choice in chosen):
         raise SpecError("the budget leaves every layer dense; give less of the dense network")
     rules, skip = [], list(spec.skip)
@@ -133,6 +133,6 @@ def _spec(spec: LegoSpec, base: Plan, chosen: Sequence[Form]) -> LegoSpec:
             continue
         ours = spec.for_layer(row.name)
         same = {field: getattr(ours, field) for field in ("coefficients", "dtype")}
-        m, o, k = settings_of(choice.shape)
+        m, o, k = read_settings(choice.shape)
         rules.append(Rule(pattern=row.name, m=m, o=o, k=k, **same))
     return spec.model_copy(update={"rules": tuple(rules), "skip": tuple(skip)})

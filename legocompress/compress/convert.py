@@ -45,11 +45,11 @@ def convert_(
         ConversionError: a layer's weights hold NaN or infinity; nothing has been changed then.
     """
     if not plan.layers:
-        raise PlanError(f"no layer can be converted: {reasons(plan)}")
+        raise PlanError(f"no layer can be converted: {summarise_reasons(plan)}")
     if plan.reparameterize:
-        check_layers(fused_copy(model), plan)  # fail before anything is changed
+        select_planned_layers(fused_copy(model), plan)  # fail before anything is changed
         model = reparameterize_model(model.eval(), inplace=True)
-    layers = check_layers(model, plan)
+    layers = select_planned_layers(model, plan)
     for name, row in plan.layers.items():
         _convert_layer_(layers[name], row, seed)
         if on_layer is not None:
@@ -61,13 +61,13 @@ def convert_(
     return model
 
 
-def reasons(plan: Plan) -> str:
+def summarise_reasons(plan: Plan) -> str:
     """Say why layers stay dense: each reason with its number of layers, most frequent first."""
     counts = Counter(reason.partition(":")[0] for reason in plan.skipped.values())
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
 
 
-def check_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
+def select_planned_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
     """Return the planned layers by name, after checking that they fit the plan and are finite.
 
     Raises:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from legocompress.cluster.clustering import clusterings
-from legocompress.lego.algebra import fragments
+from legocompress.lego.algebra import cut_fragments
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import balance_scales, round_to_storage
 from legocompress.lego.unit import LegoUnit
@@ -37,7 +37,7 @@ def factorize_each(
     The results are those of `factorize`; sharing the start of the clustering saves time.
     """
     first = shapes[0]
-    rows = fragments(weight, first.n_split).reshape(first.n_fragments, -1)
+    rows = cut_fragments(weight, first.n_split).reshape(first.n_fragments, -1)
     terms = [shape.n_terms for shape in shapes]
     found = clusterings(rows, first.n_lego, terms, spec.coefficients, seed)
     for n_terms, factors in zip(terms, found, strict=True):

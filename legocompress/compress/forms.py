@@ -12,9 +12,9 @@ from torch import nn
 from legocompress.compress.factorize import dense_weight, factorize_each, relative_error
 from legocompress.compress.plan_types import LayerPlan
 from legocompress.compress.prices import LARGEST, Form
-from legocompress.compress.sizing import no_gain, unit_shape
+from legocompress.compress.sizing import choose_shape, explain_no_gain
 from legocompress.lego.algebra import assemble
-from legocompress.lego.costs import lego_macs, unit_bits, used_filters
+from legocompress.lego.costs import count_used_filters, lego_macs, unit_bits
 from legocompress.lego.shape import UnitShape
 from legocompress.spec import LegoSpec
 
@@ -38,7 +38,7 @@ def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[
             shares = _interpolate({n_lego: used for n_lego, (_, used) in known.items()}, n_out)
             for n_lego, log in logs.items():
                 shape, spec = size_form(row, n_lego / n_out, o, k)
-                if no_gain(shape, spec, row.dense_bits) is None:
+                if explain_no_gain(shape, spec, row.dense_bits) is None:
                     share = min(max(shares[n_lego], 0.0), 1.0)
                     estimated = share < 1 and n_lego not in known
                     choices.append(make_form(row, shape, spec, math.exp(log), share, estimated))
@@ -60,7 +60,7 @@ def _cluster_all(
             # Where o does not divide the channels, the unit may get another of `SPLITS`.
             if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
                 continue
-            if no_gain(shape, spec, row.dense_bits) is None:
+            if explain_no_gain(shape, spec, row.dense_bits) is None:
                 shapes[k] = shape
         clustered = cluster_forms(layer, row, list(dict.fromkeys(shapes.values())), seed)
         for k, shape in shapes.items():
@@ -72,10 +72,10 @@ def size_form(row: LayerPlan, m: float, o: int, k: int) -> tuple[UnitShape, Lego
     """Sizes of the unit that a layer gets at m, o and k, and the spec that says so."""
     assert row.spec is not None
     spec = row.spec.model_copy(update={"m": m, "o": o, "k": k})
-    return unit_shape(row, spec), spec
+    return choose_shape(row, spec), spec
 
 
-def settings_of(shape: UnitShape) -> tuple[float, int, int]:
+def read_settings(shape: UnitShape) -> tuple[float, int, int]:
     """m, o and k of a form."""
     return shape.n_lego / shape.n_out, shape.n_split, shape.n_terms
 
@@ -94,7 +94,7 @@ def cluster_forms(
         return found
     weight = dense_weight(layer, shapes[0])
     for shape, unit in zip(shapes, factorize_each(weight, shapes, row.spec, seed), strict=True):
-        used = used_filters(shape, unit.index) / (shape.groups * shape.n_split * shape.n_lego)
+        used = count_used_filters(shape, unit.index) / (shape.groups * shape.n_split * shape.n_lego)
         found[shape] = max(relative_error(weight, assemble(shape, unit)) ** 2, TINY), used
     return found
 

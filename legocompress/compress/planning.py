@@ -17,7 +17,7 @@ from legocompress.compress.eligibility import (
     find_structural_exclusions,
 )
 from legocompress.compress.plan_types import LayerPlan, Plan
-from legocompress.compress.sizing import check_splits, no_gain, unit_shape
+from legocompress.compress.sizing import check_splits, choose_shape, explain_no_gain
 from legocompress.errors import PlanError
 from legocompress.lego.module import LegoModule
 from legocompress.models.probe import WEIGHT_LAYERS, Calls, probe
@@ -49,7 +49,7 @@ def plan(
     reparameterize = has_training_form(model)
     if reparameterize:
         model = fused_copy(model)
-    found = list(_layers(model))
+    found = list(_list_layers(model))
     wanted = (nn.Conv2d, nn.Linear) if spec.linear else (nn.Conv2d,)
     if not any(isinstance(layer, wanted) for _, layer in found):
         raise PlanError(
@@ -67,7 +67,7 @@ def plan(
     rows = []
     counted: set[int] = set()
     for name, layer in found:
-        row = _layer_plan(name, layer, spec, kept.get(name), calls, tied)
+        row = _plan_layer(name, layer, spec, kept.get(name), calls, tied)
         weight = layer._parameters.get("weight")
         if weight is not None and id(weight) in counted:  # a shared weight counts once
             row = replace(row, dense_params=0, dense_bits=0)
@@ -86,7 +86,7 @@ def plan(
     )
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _list_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every layer with the weight of a conv or Linear once, with its first name."""
     for name, module in model.named_modules():
         quantized = type(module).__module__.startswith("torch.ao.")
@@ -94,7 +94,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _layer_plan(
+def _plan_layer(
     name: str,
     layer: nn.Module,
     spec: LegoSpec,
@@ -115,7 +115,7 @@ def _layer_plan(
         dense_bits=8 * weight.element_size() * size if weight is not None and size else 0,
         dense_macs=None
         if seen is None
-        else seen.pixels * _applied(layer, size or _computed(layer)),
+        else seen.pixels * _count_applied_weight(layer, size or _count_computed_weight(layer)),
         pixels=None if seen is None else seen.pixels,
     )
     named = spec.names_exactly(name)
@@ -130,18 +130,18 @@ def _layer_plan(
         reason = "depthwise: one input channel a group"
     if reason is None:
         ours = spec.for_layer(name)
-        shape = unit_shape(row, ours)
-        reason = no_gain(shape, ours, row.dense_bits)
+        shape = choose_shape(row, ours)
+        reason = explain_no_gain(shape, ours, row.dense_bits)
         row = replace(row, shape=shape, spec=ours)
     return row if reason is None else replace(row, reason=reason, shape=None, spec=None)
 
 
-def _computed(layer: nn.Module) -> int:
+def _count_computed_weight(layer: nn.Module) -> int:
     """Number of elements of a weight that is no parameter, such as a parametrised one."""
     weight = getattr(layer, "weight", None)
     return weight.numel() if isinstance(weight, Tensor) else 0
 
 
-def _applied(layer: nn.Module, size: int) -> int:
+def _count_applied_weight(layer: nn.Module, size: int) -> int:
     """Weight elements that one output pixel uses; CondConv2d mixes its experts into one weight."""
     return size // layer.num_experts if isinstance(layer, CondConv2d) else size

@@ -37,13 +37,13 @@ def choose_forms(
     budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Form]]
 ) -> list[Form]:
     """Choose one form per layer: the least total loss within the budget that prices find."""
-    costs, room = _costs(budget, base, choices)
-    losses = _table(choices, "loss")
+    costs, room = _tabulate_costs(budget, base, choices)
+    losses = _tabulate(choices, "loss")
     best, least = None, math.inf
     for mix in torch.linspace(0, 1, MIXES).tolist() if len(budget) > 1 else [0.0]:
         shares = costs.new_tensor([1 - mix, mix][: len(budget)])
         priced = torch.einsum("b,blc->lc", shares, costs)
-        chosen = _at_least_price(losses, priced, costs, room)
+        chosen = _choose_at_least_price(losses, priced, costs, room)
         if chosen is None:
             continue
         chosen = _spend_rest(chosen, losses, costs, room)
@@ -57,7 +57,9 @@ def choose_forms(
     return [options[i] for options, i in zip(choices, best, strict=True)]
 
 
-def _at_least_price(losses: Tensor, priced: Tensor, costs: Tensor, room: Tensor) -> Tensor | None:
+def _choose_at_least_price(
+    losses: Tensor, priced: Tensor, costs: Tensor, room: Tensor
+) -> Tensor | None:
     """Minimise loss + price * cost per layer, at the least price whose choices fit into `room`.
 
     Returns the choices (layers, 1), or None where no price fits.
@@ -67,7 +69,7 @@ def _at_least_price(losses: Tensor, priced: Tensor, costs: Tensor, room: Tensor)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         chosen = (losses + 10.0**middle * priced).argmin(1, keepdim=True)
-        fits = bool((_each(costs, chosen).sum((1, 2)) <= room).all())
+        fits = bool((_select_costs(costs, chosen).sum((1, 2)) <= room).all())
         low, high = (low, middle) if fits else (middle, high)
         best = chosen if fits else best
     return best
@@ -79,7 +81,7 @@ def _spend_rest(chosen: Tensor, losses: Tensor, costs: Tensor, room: Tensor) -> 
     Prices find only choices on a convex hull, and leave a part of the budget unspent.
     """
     while True:
-        now = _each(costs, chosen)
+        now = _select_costs(costs, chosen)
         spent = now.sum((1, 2), keepdim=True) - now + costs
         fits = (spent <= room[:, None, None]).all(0)
         gains = torch.where(fits, losses.gather(1, chosen) - losses, 0.0)
@@ -89,19 +91,19 @@ def _spend_rest(chosen: Tensor, losses: Tensor, costs: Tensor, room: Tensor) -> 
         chosen[layer] = choice
 
 
-def _each(costs: Tensor, chosen: Tensor) -> Tensor:
+def _select_costs(costs: Tensor, chosen: Tensor) -> Tensor:
     """Costs (budgets, layers, 1) of the choices (layers, 1)."""
     return costs.gather(2, chosen.expand(len(costs), -1, 1))
 
 
-def _costs(
+def _tabulate_costs(
     budget: dict[str, float], base: Plan, choices: Sequence[Sequence[Form]]
 ) -> tuple[Tensor, Tensor]:
     """Costs (budgets, layers, choices) and their limits (budgets,), as shares of the network."""
     tables, room = [], []
     for name, share in budget.items():
         field = "bits" if name == "max_size" else "macs"
-        costs = _table(choices, field) / getattr(base, f"dense_{field}")
+        costs = _tabulate(choices, field) / getattr(base, f"dense_{field}")
         rest = 1 - float(costs[:, 0].sum())  # the first choice is the dense layer
         smallest = rest + float(costs.amin(1).sum())
         if smallest > share:
@@ -115,7 +117,7 @@ def _costs(
     return torch.stack(tables), tables[0].new_tensor(room)
 
 
-def _table(choices: Sequence[Sequence[Form]], field: str) -> Tensor:
+def _tabulate(choices: Sequence[Sequence[Form]], field: str) -> Tensor:
     """Tabulate a field of all choices as (layers, most choices); the first choice fills gaps."""
     width = max(len(options) for options in choices)
     rows = [[*options, *[options[0]] * (width - len(options))] for options in choices]

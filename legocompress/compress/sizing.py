@@ -11,7 +11,7 @@ from legocompress.lego.shape import UnitShape
 from legocompress.spec import LegoSpec
 
 
-def unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
+def choose_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
     """Choose the sizes of the unit for a layer.
 
     Where o does not divide the channels, either the last fragment is padded or o is smaller,
@@ -37,7 +37,7 @@ def unit_shape(row: LayerPlan, spec: LegoSpec) -> UnitShape:
     return min((shape(o) for o in splits), key=lambda s: (unit_bits(s, spec), -s.n_split))
 
 
-def no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
+def explain_no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | None:
     """Say why a unit of these sizes does not pay; None if it does."""
     if spec.allow_expansion:
         return None

@@ -18,7 +18,7 @@ from legocompress import kernels
 from legocompress.deploy.activation import Activation, activate_
 from legocompress.deploy.folding import FoldedConv
 from legocompress.deploy.memory_format import TORCH_FORMATS
-from legocompress.lego.algebra import merge_by_table, slot_table, split_transform_merge
+from legocompress.lego.algebra import build_slot_table, merge_by_table, split_transform_merge
 from legocompress.state.deployment import ConvRoute, Format
 
 # run(x, residual, overwrite): x (N, c, H, W) and residual (N, n, H', W') or None give
@@ -124,7 +124,7 @@ def build_table(conv: FoldedConv, memory_format: Format, _: Tensor) -> Runner:
         batch = int(x.shape[0])
         if batch not in tables:
             tables.clear()
-            tables[batch] = slot_table(shape, unit, batch)
+            tables[batch] = build_slot_table(shape, unit, batch)
         y = merge_by_table(
             shape, x, unit.lego_filters, *tables[batch], bias, g.stride, padding, g.dilation
         )

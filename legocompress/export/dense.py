@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from legocompress.checkpoint import CONFIG, TENSORS, check_target, config_text, timm_config
+from legocompress.checkpoint import CONFIG, TENSORS, check_target, format_config, timm_config
 from legocompress.errors import ExportError, LegoError
-from legocompress.files import write_tensors, writing
+from legocompress.files import write_atomically, write_tensors
 from legocompress.lego.surgery import to_dense
 from legocompress.models.factory import create
 from legocompress.models.source import source_of
@@ -34,7 +34,7 @@ def export_dense(model: nn.Module, path: str | Path, force: bool = False) -> Pat
         OutputError: it cannot be written.
     """
     target = Path(path)
-    with writing(target, force) as temporary:
+    with write_atomically(target, force) as temporary:
         write_tensors(_plain_state(model), temporary)
     return target
 
@@ -81,9 +81,9 @@ def export_timm(model: nn.Module, path: str | Path, force: bool = False) -> Path
         )
     target = Path(path)
     check_target(target, force)
-    with writing(target, force, folder=True) as folder:
+    with write_atomically(target, force, folder=True) as folder:
         write_tensors(state, folder / TENSORS)
-        (folder / CONFIG).write_text(config_text(config))
+        (folder / CONFIG).write_text(format_config(config))
         _check_loads(folder, state, str(source.architecture))
     return target
 

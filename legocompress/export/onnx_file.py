@@ -20,15 +20,15 @@ from legocompress.export.program import (
     Exported,
     Form,
     StoredUnit,
+    build_reference,
     check_agrees,
-    differences,
-    example_images,
-    hollow_copy,
-    reference,
-    trace,
-    within,
+    join_name,
+    make_example_images,
+    make_hollow_copy,
+    measure_differences,
+    trace_program,
 )
-from legocompress.files import check_free, writing
+from legocompress.files import check_free, write_atomically
 
 OPSET = 18
 MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file
@@ -72,30 +72,30 @@ def export_onnx(
     _need("onnxscript")
     target = Path(path)
     check_free(target, force)
-    images = example_images(model, example_input, 3)
-    plain = reference(model, form)
+    images = make_example_images(model, example_input, 3)
+    plain = build_reference(model, form)
     with torch.no_grad():
         expected = plain(images)
     units: dict[str, StoredUnit] = {}
     if form == "dense":
-        program, names = trace(plain, images[:2]), ["image"]
+        program, names = trace_program(plain, images[:2]), ["image"]
     else:
-        hollow, units = hollow_copy(model, form)
+        hollow, units = make_hollow_copy(model, form)
         tensors = {
-            within(name, leaf): tensor
+            join_name(name, leaf): tensor
             for name, unit in units.items()
             for leaf, tensor in unit().items()
         }
-        program, names = trace(hollow, images[:2], tensors), ["image", *tensors]
+        program, names = trace_program(hollow, images[:2], tensors), ["image", *tensors]
     proto = _convert(program, names, len(tree_leaves(expected)))
     for name, unit in reversed(units.items()):
         _attach(onnx, proto, name, unit, form)
     _strip(proto)
     data = _serialize(onnx, proto)
-    with writing(target, force) as temporary:
+    with write_atomically(target, force) as temporary:
         temporary.write_bytes(data)
         found = _run(runtime, temporary, images)
-        absolute, relative = differences(tree_leaves(expected), found)
+        absolute, relative = measure_differences(tree_leaves(expected), found)
         check_agrees("ONNX Runtime", relative)
     return Exported(target, form, len(data), absolute, relative)
 
@@ -167,10 +167,10 @@ def _attach(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form) -> N
         else:
             cast(narrow(key, tensor), key, dtype)
 
-    filters, scales = within(name, "lego_filters"), within(name, "lego_scales")
-    widened(within(name, "index"), unit.index, torch.int64)
+    filters, scales = join_name(name, "lego_filters"), join_name(name, "lego_scales")
+    widened(join_name(name, "index"), unit.index, torch.int64)
     if unit.coefficients is not None:
-        widened(within(name, "coefficients"), unit.coefficients, torch.float32)
+        widened(join_name(name, "coefficients"), unit.coefficients, torch.float32)
     if unit.scales is None:
         widened(filters, unit.filters, torch.float32)
     elif form == "lego":
@@ -185,7 +185,7 @@ def _attach(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form) -> N
         nodes.append(onnx.helper.make_node("Mul", inputs, [filters]))
     for node in reversed(nodes):
         graph.node.insert(0, node)
-    decoded = {within(name, leaf) for leaf in unit()}
+    decoded = {join_name(name, leaf) for leaf in unit()}
     kept = [value for value in graph.input if value.name not in decoded]
     del graph.input[:]
     graph.input.extend(kept)

@@ -15,10 +15,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from legocompress import kernels
-from legocompress.checkpoint.codec import stored_filters
+from legocompress.checkpoint.codec import encode_filters
 from legocompress.deploy import deploy_, deployed_graph
 from legocompress.errors import DeployError, ExportError, KernelError, UsageError, first_line
-from legocompress.files import check_free, writing
+from legocompress.files import check_free, write_atomically
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.storage import TORCH_DTYPES, round_to_storage
 from legocompress.lego.surgery import to_dense_
@@ -54,7 +54,7 @@ class StoredUnit(nn.Module):
 
     def __init__(self, module: LegoModule) -> None:
         super().__init__()
-        filters, *scales = stored_filters(
+        filters, *scales = encode_filters(
             "", module.lego_filters.detach(), module.storage_dtype
         ).values()
         self.register_buffer("filters", filters.clone())
@@ -114,16 +114,16 @@ class _SelfContained(nn.Module):
     def forward(self, image: Tensor) -> Any:
         tensors = {}
         for name, unit in zip(self.names, self.units, strict=True):
-            tensors.update({within(name, leaf): tensor for leaf, tensor in unit().items()})
+            tensors.update({join_name(name, leaf): tensor for leaf, tensor in unit().items()})
         return self.hollow(image, tensors)
 
 
-def within(owner: str, leaf: str) -> str:
+def join_name(owner: str, leaf: str) -> str:
     """The full name of a tensor in a module."""
     return f"{owner}.{leaf}" if owner else leaf
 
 
-def hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, StoredUnit]]:
+def make_hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, StoredUnit]]:
     """Copy a network in float32 without its Lego units; return it and the stored units.
 
     In the form 'lego' a layer takes the route 'reference' if its class has it; otherwise, and in
@@ -144,7 +144,7 @@ def hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, StoredU
     return Hollow(copied), units
 
 
-def reference(model: nn.Module, form: Form) -> nn.Module:
+def build_reference(model: nn.Module, form: Form) -> nn.Module:
     """Return the network that an export is compared with: dense, float32, on the CPU, in eval mode.
 
     For forms that store units the values are rounded first, as `save` rounds them.
@@ -160,7 +160,7 @@ def reference(model: nn.Module, form: Form) -> nn.Module:
     return dense.cpu().eval()
 
 
-def _fused(model: nn.Module, images: Tensor) -> nn.Module:
+def _deploy_copy(model: nn.Module, images: Tensor) -> nn.Module:
     """Copy a network in float32 and deploy the copy, with the kernels of this package."""
     if not kernels.available():
         raise KernelError(f"--form fused needs the compiled kernels: {kernels.why_unavailable()}")
@@ -172,7 +172,7 @@ def _fused(model: nn.Module, images: Tensor) -> nn.Module:
         raise ExportError(f"--form fused: {error}; try --form lego") from error
 
 
-def example_images(model: nn.Module, example_input: Tensor | None, batch: int = 2) -> Tensor:
+def make_example_images(model: nn.Module, example_input: Tensor | None, batch: int = 2) -> Tensor:
     """A batch of random float32 images, of the size of the example or the configuration."""
     example = default_input(model) if example_input is None else example_input
     if example is None:
@@ -183,7 +183,7 @@ def example_images(model: nn.Module, example_input: Tensor | None, batch: int = 
     return torch.rand(batch, *example.shape[1:], generator=generator)
 
 
-def trace(module: nn.Module, *args: Any) -> ExportedProgram:
+def trace_program(module: nn.Module, *args: Any) -> ExportedProgram:
     """Export a module of (images, ...) with a dynamic batch.
 
     Raises:
@@ -203,7 +203,7 @@ def trace(module: nn.Module, *args: Any) -> ExportedProgram:
         ) from error
 
 
-def differences(expected: Any, found: Any) -> tuple[float, float]:
+def measure_differences(expected: Any, found: Any) -> tuple[float, float]:
     """The largest difference of two nested outputs: absolute, and relative to the largest value."""
     pairs = list(zip(tree_leaves(expected), tree_leaves(found), strict=True))
     absolute = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
@@ -254,25 +254,25 @@ def export_program(
         )
     target = Path(path)
     check_free(target, force)
-    images = example_images(model, example_input, 3)
-    expected = reference(model, form)
+    images = make_example_images(model, example_input, 3)
+    expected = build_reference(model, form)
     module: nn.Module = expected
     if form == "lego":
-        module = _SelfContained(*hollow_copy(model, form)).eval()
+        module = _SelfContained(*make_hollow_copy(model, form)).eval()
     elif form == "fused":
-        module = _fused(model, images)
-    program = trace(module, images[:2])
+        module = _deploy_copy(model, images)
+    program = trace_program(module, images[:2])
     # The program is stored with its example input, so make that one repeated number.
     program.example_inputs = ((torch.zeros(()).expand(images[:2].shape),), {})
     for node in program.graph.nodes:  # traces of source lines, which are most of the file
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
-    with writing(target, force) as temporary:
+    with write_atomically(target, force) as temporary:
         with temporary.open("wb") as file:
             torch.export.save(program, file)
         size = temporary.stat().st_size
         with torch.no_grad():
             found = torch.export.load(temporary).module()(images)
-            absolute, relative = differences(expected(images), found)
+            absolute, relative = measure_differences(expected(images), found)
         check_agrees("the program", relative)
     return Exported(target, form, size, absolute, relative)

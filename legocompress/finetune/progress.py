@@ -54,7 +54,7 @@ class EpochMeter:
         """Count the entries of all indices that differ from the epoch's start."""
         total = 0
         for name, module in lego_modules(model):
-            module.settle()
+            module.synchronise_index()
             start = self.start_indices[name].to(module.index.device)
             total += int((module.index != start).sum())
         return total

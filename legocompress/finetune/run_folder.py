@@ -15,7 +15,7 @@ from torch import nn
 
 from legocompress.checkpoint import save
 from legocompress.errors import CheckpointError, OutputExistsError
-from legocompress.files import writing
+from legocompress.files import write_atomically
 
 ARGS, SUMMARY, STATE, BEST, LAST = "args.yaml", "summary.csv", "state.pt", "best", "last"
 
@@ -50,7 +50,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             for name in (BEST, LAST):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        with writing(self.path / ARGS) as file:
+        with write_atomically(self.path / ARGS) as file:
             file.write_text(yaml.safe_dump(args, sort_keys=False))
 
     def remove_unfinished_files(self) -> None:
@@ -67,7 +67,7 @@ class RunFolder:
         """
         buffer = io.BytesIO()  # torch's own file writer hides the errno of a full disk
         torch.save(state, buffer)
-        with writing(self.path / STATE, force=True) as file:
+        with write_atomically(self.path / STATE, force=True) as file:
             file.write_bytes(buffer.getbuffer())
 
     def load_state(self) -> dict[str, Any] | None:
@@ -96,7 +96,7 @@ class RunFolder:
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
         """Write all rows to summary.csv, in timm's format."""
-        with writing(self.path / SUMMARY, force=True) as file:
+        with write_atomically(self.path / SUMMARY, force=True) as file:
             for number, row in enumerate(rows):
                 update_summary(
                     row["epoch"], row["train"], row["eval"], file, row["lr"], number == 0

@@ -137,7 +137,7 @@ class TrainingState:
         """
         check_finite(self.model, self.recipe, self.epoch)
         for _, module in lego_modules(self.model):
-            module.settle()
+            module.synchronise_index()
         return {
             "epoch": self.epoch,
             "update": self.update,

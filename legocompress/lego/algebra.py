@@ -15,7 +15,7 @@ from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
 
 
-def fragments(weight: Tensor, n_split: int) -> Tensor:
+def cut_fragments(weight: Tensor, n_split: int) -> Tensor:
     """Cut the filters (n, c/g, kh, kw) into fragments (o, n, q, kh, kw), the last zero-padded."""
     n_out, channels, kh, kw = weight.shape
     width = -(-channels // n_split)
@@ -41,10 +41,10 @@ def assemble(shape: UnitShape, unit: LegoUnit) -> Tensor:
             term = term * gains[:, t : t + 1]
         total = term if total is None else total + term
     assert total is not None
-    return stack(shape, total)
+    return join_fragments(shape, total)
 
 
-def stack(shape: UnitShape, rows: Tensor) -> Tensor:
+def join_fragments(shape: UnitShape, rows: Tensor) -> Tensor:
     """Turn fragments (o*n, q*kh*kw) into dense filters (n, c/g, kh, kw), padding dropped."""
     kh, kw = shape.kernel
     split = rows.reshape(shape.n_split, shape.n_out, shape.width, kh, kw)
@@ -97,8 +97,8 @@ def split_transform_merge(
     return y if bias is None else y + bias.reshape(1, -1, 1, 1)
 
 
-def slot_table(shape: UnitShape, unit: LegoUnit, batch: int) -> tuple[Tensor, Tensor | None]:
-    """For `merge_by_table`: which rows of the intermediate map each output sums, and the weights.
+def build_slot_table(shape: UnitShape, unit: LegoUnit, batch: int) -> tuple[Tensor, Tensor | None]:
+    """Build the table for `merge_by_table`: which rows of the intermediate map each output sums.
 
     The map is (batch*g*o*m, H'*W'). Returns two tensors (batch*n, o*k): row numbers, and weights,
     which are None in the binary form.
@@ -125,7 +125,7 @@ def merge_by_table(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """Compute `split_transform_merge` with one embedding_bag over a `slot_table` as the merge."""
+    """Compute `split_transform_merge` with one embedding_bag as the merge."""
     missing = shape.n_split * shape.width - shape.channels
     if missing:
         x = F.pad(x.reshape(-1, shape.channels, *x.shape[2:]), (0, 0, 0, 0, 0, missing))

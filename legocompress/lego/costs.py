@@ -13,7 +13,7 @@ STORAGE_BITS: dict[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8}
 SCALE_BITS: dict[str, int] = {"int8": 16}  # for the scale of each int8 filter
 
 
-def used_filters(shape: UnitShape, index: Tensor) -> int:
+def count_used_filters(shape: UnitShape, index: Tensor) -> int:
     """Count the (group, split, Lego filter) triples that at least one slot uses; at most g*o*m."""
     return int(torch.unique(slot_rows(shape, index)).numel())
 

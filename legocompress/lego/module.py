@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.lego.algebra import assemble, split_transform_merge
-from legocompress.lego.proxy import assemble_through, choose, start_proxy
+from legocompress.lego.proxy import assemble_through, choose_terms, start_proxy
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
 from legocompress.spec import FilterDtype, StorageDtype
@@ -52,7 +52,7 @@ class LegoModule(nn.Module):
         """The dense weight, in the layout of the replaced class; read-only."""
         if self.frozen_weight is not None:
             return self.frozen_weight
-        self.settle()
+        self.synchronise_index()
         if self.proxy is None:
             filters = assemble(self.lego_shape, self.lego_unit)
         else:
@@ -138,18 +138,18 @@ class LegoModule(nn.Module):
                 self.proxy = nn.Parameter(start_proxy(self.lego_shape, self.lego_unit))
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def synchronise_index(self) -> None:
         """Set the index to the top k of N, and compute the coefficients of terms that are new."""
         if self.proxy is None:
             return
-        index, coefficients = choose(self.lego_shape, self.lego_unit, self.proxy)
+        index, coefficients = choose_terms(self.lego_shape, self.lego_unit, self.proxy)
         self.index.copy_(index)
         if self.coefficients is not None and coefficients is not None:
             self.coefficients.copy_(coefficients)
 
     def freeze_index(self) -> None:
         """Remove N; the index keeps what N chose last."""
-        self.settle()
+        self.synchronise_index()
         self.proxy = None
 
     def freeze(self) -> None:

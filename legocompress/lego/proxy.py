@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from legocompress.lego.algebra import stack
+from legocompress.lego.algebra import join_fragments
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
 
@@ -38,7 +38,11 @@ def start_proxy(shape: UnitShape, unit: LegoUnit) -> Tensor:
     own = 0.5 * ones.square() * energy[slots]
     weakest = own.argmin(1, keepdim=True)
     alike = ones.gather(1, weakest) * gram[slots.gather(1, weakest)[:, 0]]
-    enter = torch.ones_like(alike) if gains is None else _entering(bank, slots, gains, weakest)
+    enter = (
+        torch.ones_like(alike)
+        if gains is None
+        else _entering_coefficients(bank, slots, gains, weakest)
+    )
     proxy = enter * alike - 0.5 * enter.square() * energy
     rivals = proxy.scatter(1, slots, -torch.inf).amax(1, keepdim=True)
     margin = MARGIN * torch.maximum(own.amax(1, keepdim=True), rivals.abs()).clamp(min=1e-20)
@@ -47,7 +51,7 @@ def start_proxy(shape: UnitShape, unit: LegoUnit) -> Tensor:
     )
 
 
-def choose(shape: UnitShape, unit: LegoUnit, proxy: Tensor) -> tuple[Tensor, Tensor | None]:
+def choose_terms(shape: UnitShape, unit: LegoUnit, proxy: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return index and coefficients, (o, n, k) each, for the top k of a proxy N that has moved.
 
     A filter that stays keeps its place and its coefficient. A filter that enters takes the place of
@@ -76,11 +80,11 @@ def assemble_through(shape: UnitShape, unit: LegoUnit, proxy: Tensor) -> Tensor:
     """
     bank, slots, gains = _flatten(shape, unit)
     scores = proxy.reshape(shape.n_fragments, shape.n_lego)
-    rows: Tensor = _Through.apply(bank, scores, slots, gains)  # type: ignore[no-untyped-call]
-    return stack(shape, rows)
+    rows: Tensor = _StraightThrough.apply(bank, scores, slots, gains)  # type: ignore[no-untyped-call]
+    return join_fragments(shape, rows)
 
 
-class _Through(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     """Fragments (r, d) of a bank (m, d); the gradient for all of M is one product with the bank."""
 
     @staticmethod
@@ -106,7 +110,7 @@ class _Through(torch.autograd.Function):
             d_bank.index_add_(0, slots[:, t], grad if gains is None else grad * gains[:, t : t + 1])
         if gains is None:
             return d_bank, inner, None, None
-        enter = _entering(bank, slots, gains, own.argmin(1, keepdim=True))
+        enter = _entering_coefficients(bank, slots, gains, own.argmin(1, keepdim=True))
         return d_bank, inner * enter.scatter_(1, slots, gains), None, inner.gather(1, slots)
 
 
@@ -123,7 +127,7 @@ def balance_gradient(shape: UnitShape, index: Tensor) -> Tensor:
     return excess.to(torch.get_default_dtype())
 
 
-def _entering(bank: Tensor, slots: Tensor, gains: Tensor, weakest: Tensor) -> Tensor:
+def _entering_coefficients(bank: Tensor, slots: Tensor, gains: Tensor, weakest: Tensor) -> Tensor:
     """The best coefficient (r, m) of each filter in place of the weakest term (r, 1) of a slot."""
     gram = bank @ bank.T
     scaled = gram / _positive(gram.diagonal())

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from legocompress.lego.costs import (
     SCALE_BITS,
     STORAGE_BITS,
+    count_used_filters,
     dense_params,
     lego_bits,
     lego_macs,
     lego_params,
-    used_filters,
 )
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.probe import WEIGHT_LAYERS, Calls, default_input, probe
@@ -103,7 +103,7 @@ def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
     if pixels is not None:
         filter_size = shape.n_filter_values // shape.n_lego
         macs = min(dense * pixels, lego_macs(shape, pixels))
-        transform = used_filters(shape, layer.index) * filter_size
+        transform = count_used_filters(shape, layer.index) * filter_size
         macs_used_only = min(dense, transform + shape.n_slots) * pixels
     return LayerReport(
         name=name,

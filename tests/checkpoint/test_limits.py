@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from legocompress.checkpoint.limits import building_at_most, check_arguments, check_input_size
+from legocompress.checkpoint.limits import check_arguments, check_input_size, limit_construction
 from legocompress.errors import CheckpointError
 
 
@@ -73,10 +73,10 @@ def test_a_constructor_is_stopped_where_it_passes_a_limit() -> None:
 
     parts, numbers = parts_of(build())
     assert (parts, numbers) == (4 + 2 + 5 + 2, 135 + 5 + 21 + 12)
-    with building_at_most(parts, numbers):
+    with limit_construction(parts, numbers):
         assert parts_of(build()) == (parts, numbers)
     for limits in ((parts - 1, numbers), (parts, numbers - 1)):
-        with building_at_most(*limits), pytest.raises(CheckpointError, match="more than"):
+        with limit_construction(*limits), pytest.raises(CheckpointError, match="more than"):
             build()
     build()  # the limit ends with its block
 
@@ -84,7 +84,7 @@ def test_a_constructor_is_stopped_where_it_passes_a_limit() -> None:
 def test_a_long_list_of_layers_ends_soon() -> None:
     with (
         torch.device("meta"),
-        building_at_most(500, 2**40),
+        limit_construction(500, 2**40),
         pytest.raises(CheckpointError, match="more than 500 parts"),
     ):
         timm.create_model("resnet18", layers=(10**6, 1, 1, 1))
@@ -92,7 +92,7 @@ def test_a_long_list_of_layers_ends_soon() -> None:
 
 def test_other_threads_are_left_alone() -> None:
     built: list[nn.Module] = []
-    with building_at_most(0, 0):
+    with limit_construction(0, 0):
         thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
         thread.start()
         thread.join()

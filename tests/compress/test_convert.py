@@ -12,7 +12,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from legocompress.compress.convert import convert_, reasons
+from legocompress.compress.convert import convert_, summarise_reasons
 from legocompress.compress.factorize import relative_error
 from legocompress.compress.plan_types import LayerPlan
 from legocompress.compress.planning import plan
@@ -432,7 +432,7 @@ def test_reasons_are_counted_most_first() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=8)
     )
-    counted = reasons(plan(model, LegoSpec(), IMAGE))
+    counted = summarise_reasons(plan(model, LegoSpec(), IMAGE))
     assert counted.startswith("2 x depthwise; 1 x stem")
 
 

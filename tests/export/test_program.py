@@ -17,13 +17,13 @@ from legocompress import kernels
 from legocompress.errors import ExportError, KernelError, OutputExistsError, UsageError
 from legocompress.export.program import (
     StoredUnit,
+    build_reference,
     check_agrees,
-    differences,
-    example_images,
-    hollow_copy,
     index_dtype,
-    reference,
-    trace,
+    make_example_images,
+    make_hollow_copy,
+    measure_differences,
+    trace_program,
 )
 
 SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
@@ -170,11 +170,11 @@ def test_a_fused_program_wants_the_kernels_and_one_graph(
 
 def test_the_lego_form_merges_and_stores_no_dense_weight() -> None:
     model = mixed(dtype="fp16", coefficients=False, linear=False)
-    hollow, units = hollow_copy(model, "lego")
+    hollow, units = make_hollow_copy(model, "lego")
     assert {unit.route for _, unit in lego.lego_modules(hollow)} == {"reference"}
     assert sum(p.numel() for _, u in lego.lego_modules(hollow) for p in [u.lego_filters]) == 0
     assert {unit.filters.dtype for unit in units.values()} == {torch.float16}
-    other, _ = hollow_copy(model, "assemble-at-load")
+    other, _ = make_hollow_copy(model, "assemble-at-load")
     assert {unit.route for _, unit in lego.lego_modules(other)} == {"assemble"}
 
 
@@ -194,10 +194,10 @@ def test_half_precision_networks_run_in_fp32(tmp_path: Path) -> None:
     spec = lego.LegoSpec(m=0.5, o=2, dtype="fp16", allow_expansion=True)
     lego.convert_(model, lego.plan(model, spec, image))
     found = lego.export_program(model, tmp_path / "x.pt2", "dense", example_input=image)
-    x = example_images(model, image)
+    x = make_example_images(model, image)
     assert x.dtype == torch.float32
     program = torch.export.load(found.path).module()
-    torch.testing.assert_close(outputs(program, x), outputs(reference(model, "dense"), x))
+    torch.testing.assert_close(outputs(program, x), outputs(build_reference(model, "dense"), x))
 
 
 def test_what_training_has_moved_is_rounded_as_in_the_checkpoint(tmp_path: Path) -> None:
@@ -245,16 +245,16 @@ def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
         lego.export_program(model, tmp_path / "there", example_input=image)
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
     with pytest.raises(UsageError, match="example_input"):
-        example_images(nn.Identity(), None)
+        make_example_images(nn.Identity(), None)
     with pytest.raises(ExportError, match="cannot trace"):
-        trace(Counting(), torch.zeros(2, 3, 12, 12))
+        trace_program(Counting(), torch.zeros(2, 3, 12, 12))
 
 
 def test_a_wrong_export_is_not_written() -> None:
     a = {"out": torch.tensor([1.0, -4.0]), "aux": torch.tensor([2.0])}
     b = {"out": torch.tensor([1.0, -3.0]), "aux": torch.tensor([2.5])}
-    assert differences(a, b) == (1.0, 0.25)
-    assert differences(a, a) == (0.0, 0.0)
+    assert measure_differences(a, b) == (1.0, 0.25)
+    assert measure_differences(a, a) == (0.0, 0.0)
     for bad in (0.25, float("nan")):
         with pytest.raises(ExportError, match="nothing was written"):
             check_agrees("the program", bad)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from legocompress import kernels
 from legocompress.errors import KernelError
-from legocompress.lego.costs import used_filters
+from legocompress.lego.costs import count_used_filters
 from legocompress.lego.shape import UnitShape
 from tests.support.kernel_cases import (
     ACTIVATIONS,
@@ -209,7 +209,7 @@ def test_fvcore_counts_macs_within_three_percent() -> None:
     case = make_case(n=64, c=64, m=32, o=2, size=(1, 14, 14), bias=False)
     analysis = FlopCountAnalysis(Layer(case), case.x).set_op_handle(**kernels.FVCORE_HANDLES)
     analysis.unsupported_ops_warnings(False).tracer_warnings("none")
-    macs = (used_filters(case.shape, case.index) * 32 * 9 + 64 * 2) * 14 * 14
+    macs = (count_used_filters(case.shape, case.index) * 32 * 9 + 64 * 2) * 14 * 14
     counted = analysis.by_operator()["lego_conv2d"]
     assert macs <= counted <= 1.03 * macs
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from legocompress.lego.algebra import assemble, fragments, split_transform_merge
+from legocompress.lego.algebra import assemble, cut_fragments, split_transform_merge
 from legocompress.lego.costs import (
+    count_used_filters,
     dense_macs,
     dense_params,
     lego_bits,
     lego_macs,
     lego_params,
-    used_filters,
 )
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
@@ -125,7 +125,7 @@ def test_fragments_cut_the_channels_in_order_and_pad_with_zeros(
     channels: int, n_split: int
 ) -> None:
     weight = torch.randn(4, channels, 3, 2, dtype=torch.float64)
-    cut = fragments(weight, n_split)
+    cut = cut_fragments(weight, n_split)
     width = -(-channels // n_split)
     assert cut.shape == (n_split, 4, width, 3, 2)
     for i in range(n_split):
@@ -141,7 +141,7 @@ def test_a_bank_of_all_fragments_assembles_to_the_weight_itself(
 ) -> None:
     weight = torch.randn(4, channels, 3, 3)
     shape = UnitShape(4, channels, (3, 3), 1, 4 * n_split, n_split, 1)
-    bank = fragments(weight, n_split).reshape(shape.n_lego, shape.width, 3, 3)
+    bank = cut_fragments(weight, n_split).reshape(shape.n_lego, shape.width, 3, 3)
     index = torch.arange(shape.n_lego).reshape(n_split, 4, 1)
     assert torch.equal(assemble(shape, LegoUnit(bank, index, None)), weight)
 
@@ -151,13 +151,13 @@ def test_used_filters_counts_each_group_split_and_filter_once() -> None:
     # Outputs 0 and 1 are group 0, outputs 2 and 3 group 1.
     index = torch.tensor([[0, 0, 1, 2], [2, 1, 1, 1]])[..., None]
     # Split 0: {0} and {1, 2}; split 1: {2, 1} and {1}.
-    assert used_filters(shape, index) == 6
-    assert used_filters(shape, torch.zeros_like(index)) == 4
+    assert count_used_filters(shape, index) == 6
+    assert count_used_filters(shape, torch.zeros_like(index)) == 4
 
 
 def test_used_filters_looks_at_every_term() -> None:
     shape = UnitShape(2, 4, (1, 1), 1, 5, 1, 2)
-    assert used_filters(shape, torch.tensor([[[0, 1], [1, 4]]])) == 3
+    assert count_used_filters(shape, torch.tensor([[[0, 1], [1, 4]]])) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.errors import ConversionError
-from legocompress.lego.algebra import assemble, stack
+from legocompress.lego.algebra import assemble, join_fragments
 from legocompress.lego.module import lego_modules
-from legocompress.lego.proxy import assemble_through, balance_gradient, choose, start_proxy
+from legocompress.lego.proxy import assemble_through, balance_gradient, choose_terms, start_proxy
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.surgery import freeze_indices_, train_indices_
 from legocompress.lego.unit import LegoUnit
@@ -42,7 +42,7 @@ def test_the_start_chooses_what_the_index_holds(k: int, coefficients: bool) -> N
     proxy = start_proxy(shape, LegoUnit(filters, index, gains))
     assert proxy.isfinite().all()
     assert same_sets(proxy.topk(k).indices, index)
-    chosen, kept = choose(shape, LegoUnit(filters, index, gains), proxy)
+    chosen, kept = choose_terms(shape, LegoUnit(filters, index, gains), proxy)
     assert torch.equal(chosen, index)
     assert gains is None or (kept is not None and torch.equal(kept, gains))
     assert torch.equal(
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_dense_relaxation(k: int, coefficients: bool)
     candidates.requires_grad_()
     rows = (free[1] * candidates) @ free[0].flatten(1)
     d_filters, d_mask, d_candidates = torch.autograd.grad(
-        stack(shape, rows), [*free, candidates], cotangent
+        join_fragments(shape, rows), [*free, candidates], cotangent
     )
     torch.testing.assert_close(through[0], d_filters)
     torch.testing.assert_close(through[1].reshape(20, 7), d_mask)
@@ -111,7 +111,7 @@ def test_a_filter_that_enters_takes_the_place_of_the_one_that_leaves() -> None:
     place = int((slot == leaver).nonzero())
     newcomer = next(b for b in range(7) if b not in slot)
     proxy[1, 2, newcomer] = proxy.max() + 1
-    chosen, kept = choose(shape, LegoUnit(filters, index, gains), proxy)
+    chosen, kept = choose_terms(shape, LegoUnit(filters, index, gains), proxy)
     expected = index.clone()
     expected[1, 2, place] = newcomer
     assert torch.equal(chosen, expected)
@@ -125,7 +125,7 @@ def test_a_filter_that_enters_takes_the_place_of_the_one_that_leaves() -> None:
 def test_several_may_change_in_a_slot() -> None:
     shape, filters, index, gains = unit(3, True)
     proxy = torch.randn(2, 10, 7, dtype=torch.float64)
-    chosen, _ = choose(shape, LegoUnit(filters, index, gains), proxy)
+    chosen, _ = choose_terms(shape, LegoUnit(filters, index, gains), proxy)
     assert same_sets(chosen, proxy.topk(3).indices)
     stayed = (chosen[..., None] == index[:, :, None, :]).any(3)
     assert torch.equal(chosen[stayed], index[stayed])  # in its old place
