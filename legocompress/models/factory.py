@@ -156,12 +156,15 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
     try:
         if source.library == "timm":
             origin = name if cfg is not None else source.architecture
-            found = None
+            pretrained_cfg = None
             if cfg is not None and cfg.get("source") == "local-dir":
                 # Pass the file itself: older timm reads safetensors in a folder as pickle.
-                origin, found = source.architecture, {**cfg, "source": "", "file": _weights_in(cfg)}
+                origin, pretrained_cfg = (
+                    source.architecture,
+                    {**cfg, "source": "", "file": _weights_in(cfg)},
+                )
             return timm.create_model(  # type: ignore[no-any-return]
-                origin, pretrained=True, pretrained_cfg=found, **source.model_args
+                origin, pretrained=True, pretrained_cfg=pretrained_cfg, **source.model_args
             )
         if source.architecture.partition("_")[0] in FROZEN_NORMS:
             raise WeightsError(
@@ -173,8 +176,8 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
         entry = torchvision.models.get_model_weights(source.architecture).DEFAULT
         with redirect_stdout(StringIO()):  # torch prints to stdout, where our JSON goes
             state = entry.get_state_dict(progress=False, check_hash=True)
-        kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
-        load_state_(model, kept, f"torchvision's {entry}")
+        main_state = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
+        load_state_(model, main_state, f"torchvision's {entry}")
         return model
     except LegoError:
         raise
