@@ -67,8 +67,8 @@ def create(
     Args:
         name: `resnet50` (timm's where both have it), `timm/NAME`, `torchvision/NAME`,
             `hf-hub:USER/REPO`, or `local-dir:FOLDER`.
-        weights: a state dict file (safetensors, or torch loaded with weights_only) instead of the
-            library's own weights.
+        weights: a file (safetensors, or torch loaded with weights_only) that is or contains a state
+            dict of the network, instead of the library's own weights; see `load_weights_`.
         pretrained: load the library's weights; False leaves them random, by `seed`.
         num_classes: outputs of the classifier, where not the architecture's default.
         in_chans: channels of the image (timm only).
