@@ -134,7 +134,8 @@ def test_the_output_is_told_where_it_cannot_be_written(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_at_either_file_keeps_the_old_folder(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lego.save(small(), tmp_path / "a")
+    model = small()
+    lego.save(model, tmp_path / "a")
     before = digest(tmp_path)
     write_text = Path.write_text
 
@@ -152,7 +153,7 @@ def test_a_disk_that_is_full_at_either_file_keeps_the_old_folder(
         monkeypatch.setattr(Path, "write_text", fail_text)
     for target, force in ((tmp_path / "a", True), (tmp_path / "b", False)):
         with pytest.raises(OutputError, match="no space left to write"):
-            lego.save(small(k=2), target, force=force)
+            lego.save(model, target, force=force)
     assert digest(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 

@@ -268,6 +268,7 @@ def test_a_wrong_export_is_not_written() -> None:
     check_agrees("the program", 1e-5)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path: Path) -> None:
     """torch's own writer would end the process here, since its destructor throws."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
