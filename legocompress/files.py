@@ -16,6 +16,9 @@ from torch import Tensor
 
 from legocompress.errors import OutputError, OutputExistsError, first_line
 
+# How often to replace a folder that other processes replace at the same time.
+ATTEMPTS = 20
+
 
 def check_free(target: Path, force: bool) -> None:
     """Raise OutputExistsError if `target` exists and may not be replaced."""
@@ -49,16 +52,28 @@ def write_atomically(target: Path, force: bool = False, folder: bool = False) ->
         if folder:
             path.mkdir()
         yield path
-        _replace(path, target, scratch)
+        check_free(target, force)  # another process may have written it meanwhile
+        _replace_patiently(path, target, scratch)
     except (OSError, SafetensorError) as error:
         raise _explain_failure(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _replace(path: Path, target: Path, scratch: Path) -> None:
+def _replace_patiently(path: Path, target: Path, scratch: Path) -> None:
+    """Replace `target`; try again if another process replaces the same folder at that moment."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _replace(path, target, scratch / f"replaced{attempt}")
+        except OSError as error:
+            # The other process has moved the old folder away, or has put its own one there.
+            raced = error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+            if not raced or not path.is_dir() or attempt == ATTEMPTS - 1:
+                raise
+
+
+def _replace(path: Path, target: Path, old: Path) -> None:
     """Move `path` to `target`; if that is interrupted, what was there before stays."""
-    old = scratch / "replaced"
     try:
         if path.is_dir() and target.exists():
             # A folder cannot be renamed onto another path that exists, so move that away first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,50 @@ def test_a_full_disk_has_a_message_of_its_own(tmp_path: Path) -> None:
     ):
         raise OSError(5, "Input/output error")
     assert_holds_only(tmp_path)
+
+
+def test_an_output_of_another_process_is_not_replaced_without_force(
+    tmp_path: Path, folder: bool
+) -> None:
+    target = tmp_path / "out"
+
+    def write_while_another_writes() -> None:
+        with write_atomically(target, folder=folder) as path:
+            fill(path, "mine", folder)
+            with write_atomically(target, folder=folder) as other:
+                fill(other, "theirs", folder)
+
+    with pytest.raises(OutputExistsError, match="exists already"):
+        write_while_another_writes()
+    assert read(target, folder) == "theirs"
+    only(tmp_path, "out")
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_two_processes_that_replace_one_folder_at_once(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one moves the old folder away first, or puts its own between our two renames."""
+    target = tmp_path / "out"
+    with write_atomically(target, folder=True) as path:
+        fill(path, "old", True)
+    rename = os.rename
+    calls: list[Path] = []
+
+    def race(source: Path, destination: Path) -> None:
+        calls.append(source)
+        if len(calls) == 1 and moment == "before":
+            shutil.rmtree(target)
+        rename(source, destination)
+        if len(calls) == 1:
+            target.mkdir()
+            fill(target, "theirs", True)
+
+    monkeypatch.setattr(os, "rename", race)
+    with write_atomically(target, force=True, folder=True) as path:
+        fill(path, "mine", True)
+    assert read(target, True) == "mine"
+    only(tmp_path, "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")

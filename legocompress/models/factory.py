@@ -67,8 +67,8 @@ def create(
     Args:
         name: `resnet50` (timm's where both have it), `timm/NAME`, `torchvision/NAME`,
             `hf-hub:USER/REPO`, or `local-dir:FOLDER`.
-        weights: a state dict file (safetensors, or torch loaded with weights_only) instead of the
-            library's own weights.
+        weights: a file (safetensors, or torch loaded with weights_only) that is or contains a state
+            dict of the network, instead of the library's own weights; see `load_weights_`.
         pretrained: load the library's weights; False leaves them random, by `seed`.
         num_classes: outputs of the classifier, where not the architecture's default.
         in_chans: channels of the image (timm only).
@@ -91,7 +91,7 @@ def create(
     _check_args(source)
     for what, least in (("num_classes", 0), ("in_chans", 1)):
         if given.get(what, least) < least:
-            raise UsageError(f"{what}={given[what]} is not allowed; it must be at least {least}")
+            raise UsageError(f"{what}={given[what]} cannot be used; it must be at least {least}")
     check_preprocessing(preprocess or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
