@@ -203,7 +203,7 @@ def test_an_output_of_another_process_is_not_replaced_without_force(
     with pytest.raises(OutputExistsError, match="exists already"):
         write_while_another_writes()
     assert read(target, folder) == "theirs"
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
 @pytest.mark.parametrize("moment", ["before", "between"])
@@ -230,7 +230,7 @@ def test_two_processes_that_replace_one_folder_at_once(
     with write_atomically(target, force=True, folder=True) as path:
         fill(path, "mine", True)
     assert read(target, True) == "mine"
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
