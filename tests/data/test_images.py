@@ -158,7 +158,7 @@ def test_every_kind_of_image_becomes_colour(tmp_path: Path, mode: str) -> None:
     source = Image.new("L", (8, 8), 255)
     suffix = "jpg" if mode == "CMYK" else "png"
     if mode == "I;16":
-        source = Image.fromarray(np.full((8, 8), 255, np.uint16))
+        source = Image.fromarray(np.full((8, 8), 65535, np.uint16))
     else:
         source = source.convert("RGB").convert(mode)
     (tmp_path / "i").mkdir()
