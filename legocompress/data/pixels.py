@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from legocompress.errors import DataError
 
@@ -72,7 +73,9 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
 
 def _tiff_range(image: Image.Image) -> tuple[int, bool]:
     """Return the largest value, and whether 0 is white, which Pillow does not apply to 16 bits."""
-    tags: Any = getattr(image, "tag_v2", {})  # of TIFF files only
+    if not isinstance(image, TiffImageFile):
+        return TOP_16_BIT, False
+    tags: Any = image.tag_v2
     top = 4095 if tags.get(TIFF_BITS_PER_SAMPLE) == (12,) else TOP_16_BIT
     return top, tags.get(TIFF_PHOTOMETRIC) == TIFF_WHITE_IS_ZERO
 
