@@ -61,7 +61,7 @@ class DeployedForward(Replacement):
         self.memory_format = memory_format
         self.input_kinds = [(x.device, x.dtype, x.dim()) for x in inputs]
         live = {part for called in graph.undeployed_modules() for part in called.modules()}
-        self.guard: StateGuard | None = StateGuard(graph.root, live)
+        self.guard: StateGuard | None = StateGuard(graph.root, live, graph.name)
         self.warned = warned
 
     @property

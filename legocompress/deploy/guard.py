@@ -7,9 +7,10 @@ at C speed. Only where these differ, the state is read anew and compared by name
 
 from __future__ import annotations
 
+import ctypes
 import operator
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
 
@@ -19,13 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from legocompress.deploy.hooks import empty_hook_dicts
-from legocompress.deploy.module_state import is_plain, walk_containers
+from legocompress.deploy.module_state import INNER_DICTS, Container, is_plain, walk_containers
 
-N_SAMPLES = 16  # values per tensor that are compared at each call
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+N_SAMPLES = 8  # values per tensor that are compared at each call
 _version = operator.attrgetter("_version")
 _requires_grad = operator.attrgetter("requires_grad")
-_shape = operator.attrgetter("shape")
 
 
 class StateGuard:
@@ -34,10 +33,13 @@ class StateGuard:
     Args:
         root: the module; its own hooks and its own `forward` do not count.
         live: modules that the graph calls as they are, so that a change in them needs no notice.
+        name: the module's name in its network; '' for the root.
     """
 
-    def __init__(self, root: nn.Module, live: Collection[nn.Module]) -> None:
-        self._root, self._live = root, live
+    def __init__(
+        self, root: nn.Module, live: Collection[nn.Module] = frozenset(), name: str = ""
+    ) -> None:
+        self._root, self._live, self._name = root, live, name
         self._empty_hooks = [
             *empty_hook_dicts(root, live),
             torch_module._global_forward_hooks,
@@ -65,6 +67,7 @@ class StateGuard:
         if change is None:
             self._deployed, self._changed = now, None
         else:
+            change = f"{self._name}.{change}".removeprefix(".")
             self._changed = now, change
         return change
 
@@ -75,14 +78,16 @@ class _Snapshot:
     def __init__(self, root: nn.Module, live: Collection[nn.Module]) -> None:
         containers = list(walk_containers(root, live))
         self.entries = dict(chain.from_iterable(c.entries() for c in containers))
-        contents = [container.content for container in containers]
-        self._dicts = [content for content in contents if content and isinstance(content, dict)]
-        self._others = [content for content in contents if content and not isinstance(content, dict)]
-        self._empty = [content for content in contents if not content]
+        self._empty = [c.content for c in containers if not c.content]
+        dicts = [(_getter(c), c.content) for c in containers if isinstance(c.content, dict)]
+        self._getters = [(get, content) for get, content in dicts if get is not None]
+        self._dicts = [content for _, content in dicts if content]
+        self._lengths = list(map(len, self._dicts))
+        self._others = [c.content for c in containers if not isinstance(c.content, dict)]
         self._values = self._read_values()
         self._modules = list(root.modules())
         self._types = list(map(type, self._modules))
-        self._classes = list(set(self._types))
+        self._classes: list[Any] = list(set(self._types))
         self._forwards = [kind.forward for kind in self._classes]
         self._list_tensors()
 
@@ -94,49 +99,31 @@ class _Snapshot:
         self._versions = list(map(_version, self._counted))
         self._plain = [tensor for tensor in self.tensors if _has_memory(tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._plain))
-        self._shapes = list(map(_shape, self._plain))
-        samples = {path: _sample(t) for path, t in named.values() if _has_memory(t)}
-        # The samples share the tensors' memory, so that no other tensor gets the same address.
-        by_dtype: dict[Any, list[Any]] = defaultdict(list)
-        for sample in samples.values():
-            if sample is not None:
-                by_dtype[sample.dtype].append(sample)
-        self._samples = list(by_dtype.values())
-        self._sampled = self._read_samples()
-        self._marks = {path: self._mark(t, samples.get(path)) for path, t in named.values()}
-        self._memory = [tensor.detach() for tensor in self._plain]
-
-    def _mark(self, tensor: Tensor, sample: Any) -> tuple[Any, ...]:
-        return (
-            None if tensor.is_inference() else tensor._version,
-            tensor.data_ptr() if _has_memory(tensor) else None,
-            tensor.shape,
-            None if sample is None else sample.tobytes(),
-        )
+        self._sizes = list(map(Tensor.numel, self._plain))
+        samples = {path: MemorySample([t]) for path, t in named.values() if _has_memory(t)}
+        self._marks = {path: _mark(t, samples.get(path)) for path, t in named.values()}
+        self._sample = MemorySample(self._plain)
 
     def _read_values(self) -> list[Any]:
-        return [
-            *chain.from_iterable(map(dict.values, self._dicts)),
-            *chain.from_iterable(self._others),
-        ]
-
-    def _read_samples(self) -> list[bytes]:
-        return [np.concatenate(samples).tobytes() for samples in self._samples]
+        values = [get(content) for get, content in self._getters]
+        values.extend(map(tuple, self._others))
+        return values
 
     def is_current(self) -> bool:
         """Whether nothing at all has changed since, as far as can be seen."""
         try:
             if self._read_values() != self._values:  # looks at the identity of each value first
                 return False
-        # Two tensors that are not the same object cannot be compared as a whole.
+        # A key is missing, or two tensors that are not the same object are compared as a whole.
         except Exception:
             return False
         return (
             not any(self._empty)
+            and list(map(len, self._dicts)) == self._lengths
             and list(map(_version, self._counted)) == self._versions
             and list(map(Tensor.data_ptr, self._plain)) == self._addresses
-            and list(map(_shape, self._plain)) == self._shapes
-            and self._read_samples() == self._sampled
+            and list(map(Tensor.numel, self._plain)) == self._sizes
+            and self._sample.is_current()
             and list(map(type, self._modules)) == self._types
             and [kind.forward for kind in self._classes] == self._forwards
         )
@@ -165,21 +152,63 @@ def _is_same(before: Any, now: Any) -> bool:
     return bool(is_plain(before) and before == now)
 
 
+def _getter(container: Container) -> Callable[[Any], Any] | None:
+    """What reads the values of a dictionary that count; None where there are none.
+
+    The dictionaries that every module has are left out: to read them all would cost the most.
+    """
+    skipped = INNER_DICTS | container.ignored
+    keys = [key for key in container.content if key not in skipped]
+    return operator.itemgetter(*keys) if keys else None
+
+
+def _mark(tensor: Tensor, sample: MemorySample | None) -> tuple[Any, ...]:
+    return (
+        None if tensor.is_inference() else tensor._version,
+        tensor.data_ptr() if _has_memory(tensor) else None,
+        tensor.shape,
+        None if sample is None else sample.read(),
+    )
+
+
 def _has_memory(tensor: Tensor) -> bool:
     is_plain_tensor = type(tensor) in (Tensor, nn.Parameter)
     return is_plain_tensor and tensor.layout is torch.strided and tensor.device.type != "meta"
 
 
-def _sample(tensor: Tensor) -> Any:
-    """Up to `N_SAMPLES` values of a tensor on the CPU, evenly spread, as integers.
+class MemorySample:
+    """Up to `N_SAMPLES` values of each of some tensors on the CPU, evenly spread.
 
-    The array shares the tensor's memory. None where the tensor is empty or not on the CPU.
+    One call of NumPy reads the values of all tensors by their addresses. The tensors' memory is
+    kept, so that it is valid and no other tensor gets the same address.
     """
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return None
-    values = tensor.detach()
-    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    span = sum((n - 1) * step for n, step in zip(values.shape, values.stride(), strict=True)) + 1
-    flat = values.as_strided((span,), (1,))
-    flat = flat.view(_INTEGERS[flat.element_size()])
-    return flat[:: max(1, (span - 1) // (N_SAMPLES - 1))][:N_SAMPLES].numpy()
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._memory = [tensor.detach() for tensor in tensors]
+        addresses: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and tensor.numel():
+                steps = zip(tensor.shape, tensor.stride(), strict=True)
+                span = sum((n - 1) * step for n, step in steps) + 1
+                first, size = tensor.data_ptr(), tensor.element_size()
+                places = range(0, span, max(1, (span - 1) // (N_SAMPLES - 1)))[:N_SAMPLES]
+                addresses[size, first % size] += [first + place * size for place in places]
+        self._parts = [_memory_at(size, places) for (size, _), places in addresses.items()]
+        self._values = self.read()
+
+    def read(self) -> list[bytes]:
+        """The bytes of the values now."""
+        return [memory.take(places).tobytes() for memory, places in self._parts]
+
+    def is_current(self) -> bool:
+        """Whether the values are what they were."""
+        return self.read() == self._values
+
+
+def _memory_at(size: int, addresses: list[int]) -> tuple[Any, Any]:
+    """An array over all addresses, of values of `size` bytes, and the places of these in it."""
+    first = min(addresses)
+    n_values = (max(addresses) - first) // size + 1
+    buffer: Any = (ctypes.c_char * (n_values * size)).from_address(first)
+    places = (np.array(addresses) - first) // size
+    return np.frombuffer(buffer, dtype=f"V{size}" if size > 8 else f"u{size}"), places

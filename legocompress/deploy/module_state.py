@@ -19,6 +19,7 @@ from legocompress.state.model_state import NAME as LEGO_STATE
 MAX_DEPTH = 4  # of lists and dicts in each other
 # What nn.Module itself holds: registries and dictionaries of hooks.
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+INNER_DICTS = _OF_EVERY_MODULE - {"training"}
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 # A forward pass without gradients does not read these; `train` drops a frozen weight.
 _IGNORED = frozenset({
@@ -109,7 +110,8 @@ def _nested(name: str, value: Any, depth: int = 0) -> Iterator[Container]:
 def _has_attributes(value: Any) -> bool:
     if isinstance(value, _WITHOUT_STATE) or not isinstance(getattr(value, "__dict__", 0), dict):
         return False
-    return not (is_dataclass(value) and type(value).__dataclass_params__.frozen)  # type: ignore[attr-defined]
+    kind: Any = type(value)
+    return not (is_dataclass(kind) and kind.__dataclass_params__.frozen)
 
 
 class AttributeRecord:

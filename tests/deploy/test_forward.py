@@ -13,19 +13,40 @@ import legocompress as lego
 from tests.support.deploying import X, deployed, relative, runs_by_graph
 
 
-def test_training_and_gradients_go_through_the_own_code() -> None:
+def test_training_and_gradients_go_through_the_own_code(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = deployed()
     assert runs_by_graph(model)
     model.train()
     model(X).sum().backward()
     assert model.conv1.lego_filters.grad.abs().max() > 0
+    assert not caplog.records
     model.eval()
     assert not runs_by_graph(model)  # the norms' statistics have moved
     model, expected = deployed()
     x = X.clone().requires_grad_()
     model(x).sum().backward()
     assert x.grad.abs().max() > 0
-    assert relative(expected, model(X)) < 1e-5
+    with torch.no_grad():
+        assert relative(expected, model(X)) < 1e-5
+
+
+def test_gradients_of_parameters_in_eval_mode(caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = deployed()
+    twin = lego.undeploy_(copy.deepcopy(model))
+    for network in (model, twin):
+        for _ in range(2):
+            network(X).square().sum().backward()
+    gradients = {name: value.grad for name, value in twin.named_parameters()}
+    assert all(torch.equal(gradients[n], value.grad) for n, value in model.named_parameters())
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
+    assert len(caplog.records) == 1
+    assert "torch.no_grad()" in caplog.records[0].message
+    with torch.inference_mode():
+        assert relative(expected, model(X)) < 1e-5
+    assert runs_by_graph(model)
+    model.requires_grad_(False)
+    assert not model(X).requires_grad
+    assert runs_by_graph(model)
 
 
 @pytest.mark.parametrize("change", ["load", "step", "double", "autocast", "dense"])
