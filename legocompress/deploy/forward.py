@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.guard import StateGuard
@@ -88,8 +90,12 @@ class DeployedForward(Replacement):
     def _is_valid_for(self, args: tuple[Any, ...]) -> bool:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return False  # compilers and exporters trace the network's own code
-        if self.run is None or self.module.training or len(args) != len(self.input_kinds):
+        if self.run is None or self.guard is None or self.module.training:
             return False
+        if len(args) != len(self.input_kinds):
+            return False
+        if forward_ad._current_level >= 0 or any(map(is_functorch_wrapped_tensor, args)):
+            return False  # the kernels know neither forward-mode derivatives nor vmap
         for x, (device, dtype, n_axes) in zip(args, self.input_kinds, strict=True):
             if type(x) is not Tensor or (x.device, x.dtype, x.dim()) != (device, dtype, n_axes):
                 return False
@@ -97,7 +103,6 @@ class DeployedForward(Replacement):
                 device.type
             ):
                 return False
-        assert self.guard is not None
         return not self.guard.has_new_hooks() and self._is_fresh(self.guard)
 
     def _is_fresh(self, guard: StateGuard) -> bool:

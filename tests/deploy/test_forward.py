@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import legocompress as lego
 from tests.support.deploying import X, deployed, relative, runs_by_graph
@@ -75,6 +77,23 @@ def test_a_change_is_seen(change: str) -> None:
                 assert not runs_by_graph(model)
         else:
             assert relative(expected.to(x.dtype), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_transforms_go_through_the_own_code() -> None:
+    model, expected = deployed()
+    twin = lego.undeploy_(copy.deepcopy(model))
+    assert relative(expected, torch.vmap(lambda x: model(x[None])[0])(X)) < 1e-5
+    for derive in (torch.func.jvp, torch.func.vjp):
+        inputs: Any = ((X,), (X,)) if derive is torch.func.jvp else (X,)
+        ours, plain = derive(model, *inputs)[1], derive(twin, *inputs)[1]
+        if derive is torch.func.vjp:
+            ours, plain = ours(expected), plain(expected)
+        assert relative(plain, ours) < 1e-6
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, X)
+        tangents = [forward_ad.unpack_dual(network(dual)).tangent for network in (twin, model)]
+        assert relative(*tangents) < 1e-6
 
 
 @pytest.mark.slow
