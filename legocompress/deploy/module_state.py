@@ -111,7 +111,7 @@ def _has_attributes(value: Any) -> bool:
     if isinstance(value, _WITHOUT_STATE) or not isinstance(getattr(value, "__dict__", 0), dict):
         return False
     kind: Any = type(value)
-    return not (is_dataclass(kind) and kind.__dataclass_params__.frozen)
+    return not (is_dataclass(value) and kind.__dataclass_params__.frozen)
 
 
 class AttributeRecord:
