@@ -42,10 +42,11 @@ def deploy_(
     each layer are timed in both memory formats, and the fastest whole network is used; all-dense
     forms are among the candidates. Dense networks can be deployed, too.
 
-    The parameters stay as they are, so the network can still be saved, exported and trained. It
-    computes as before it was deployed in train mode, with gradients, under autocast, on another
-    device or dtype, after a parameter has changed, and after a hook was registered on a part of it.
-    A layer that has hooks already is not deployed.
+    The parameters stay as they are, so the network can still be saved, exported and trained. Call
+    it under `torch.no_grad()` or `torch.inference_mode()`. It computes as before it was deployed in
+    train mode, with gradients, under autocast, on another device or dtype, after a parameter, an
+    attribute or a part has changed, and after a hook was registered on a part of it. What is not
+    noticed is listed in docs/python.md. A layer that has hooks already is not deployed.
 
     Args:
         model: the network; it is put into eval mode.
@@ -75,6 +76,7 @@ def deploy_(
 
     plans: list[tuple[FusedGraph, RoutePlan]] = []
     installed: list[FusedGraph] = []
+    warned: set[str] = set()
     # A part that another part calls comes after it, and is deployed before it.
     for part in reversed(partition.parts):
         inputs = part.inputs()
@@ -83,7 +85,7 @@ def deploy_(
         else:
             plan = autotune(part.graph, inputs, seconds, on_layer, only, formats)
         plans.append((part.graph, plan))
-        fault = install_(part.graph, plan.memory_format, inputs)
+        fault = install_(part.graph, plan.memory_format, inputs, warned)
         if fault is None:
             installed.append(part.graph)
         else:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from legocompress.deploy.fusing import FusedGraph
-from legocompress.deploy.hooks import empty_hook_dicts
+from legocompress.deploy.guard import StateGuard
 from legocompress.deploy.memory_format import to_memory_format
 from legocompress.deploy.recorded import record_runs
 from legocompress.lego.surgery import Replacement
@@ -22,26 +25,46 @@ TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1,
 }  # fmt: skip
 
+NEEDS_GRADIENTS = (
+    "a deployed network was called with gradients enabled, so it runs its own code, which is "
+    "slower; call it under torch.no_grad() or torch.inference_mode()"
+)
+HAS_CHANGED = (
+    "a deployed network has changed since deploy_ ({}), so it runs its own code, which is slower; "
+    "call deploy_ again to deploy it as it is now"
+)
+
 
 class DeployedForward(Replacement):
     """Stands in the place of a module's `forward`.
 
     The graph runs as long as it computes what the module's own code would: in eval mode, without
     gradients, autocast, compilation or tracing, on inputs of the same number, device, dtype and
-    rank as the example, and while no parameter or buffer has changed and no part has got a hook.
+    rank as the example, while nothing that its own code reads has changed and no part has got a
+    hook. Where that makes the network slower unexpectedly, a warning is given.
+
+    Args:
+        graph: what runs instead of the module's own code.
+        memory_format: of the graph's inputs.
+        inputs: the example.
+        warned: kinds of warnings that the parts of a network have given; each is given once.
     """
 
     def __init__(
-        self, graph: FusedGraph, memory_format: Format, inputs: tuple[Tensor, ...]
+        self,
+        graph: FusedGraph,
+        memory_format: Format,
+        inputs: tuple[Tensor, ...],
+        warned: set[str],
     ) -> None:
         self.module, self.previous = graph.root, graph.root.__dict__.get("forward")
         self.graph = graph.graph_module
         self.run: Callable[..., Any] | None = record_runs(graph.graph_module).forward
         self.memory_format = memory_format
         self.input_kinds = [(x.device, x.dtype, x.dim()) for x in inputs]
-        self.state = [*graph.root.parameters(), *graph.root.buffers()]
-        self.version = self._state_version()
-        self.empty_hooks = empty_hook_dicts(graph.root)
+        live = {part for called in graph.undeployed_modules() for part in called.modules()}
+        self.guard: StateGuard | None = StateGuard(graph.root, live, graph.name)
+        self.warned = warned
 
     @property
     def own_forward(self) -> Callable[..., Any]:
@@ -67,8 +90,12 @@ class DeployedForward(Replacement):
     def _is_valid_for(self, args: tuple[Any, ...]) -> bool:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return False  # compilers and exporters trace the network's own code
-        if self.run is None or self.module.training or len(args) != len(self.input_kinds):
+        if self.run is None or self.guard is None or self.module.training:
             return False
+        if len(args) != len(self.input_kinds):
+            return False
+        if forward_ad._current_level >= 0 or any(map(is_functorch_wrapped_tensor, args)):
+            return False  # the kernels know neither forward-mode derivatives nor vmap
         for x, (device, dtype, n_axes) in zip(args, self.input_kinds, strict=True):
             if type(x) is not Tensor or (x.device, x.dtype, x.dim()) != (device, dtype, n_axes):
                 return False
@@ -76,25 +103,41 @@ class DeployedForward(Replacement):
                 device.type
             ):
                 return False
-        return self._state_version() == self.version and not any(self.empty_hooks)
+        return not self.guard.has_new_hooks() and self._is_fresh(self.guard)
 
-    def _state_version(self) -> int:
-        # PyTorch counts the in-place changes of each tensor; inference tensors have no count.
-        return sum(0 if value.is_inference() else value._version for value in self.state)
+    def _is_fresh(self, guard: StateGuard) -> bool:
+        """Whether no parameter needs a gradient now, and nothing has changed; else warn."""
+        if torch.is_grad_enabled() and guard.needs_gradients():
+            self._warn_once("gradients", NEEDS_GRADIENTS)
+            return False
+        change = guard.find_change()
+        if change is not None:
+            self._warn_once("change", HAS_CHANGED.format(change))
+        return change is None
+
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            self.warned.add(kind)
+            logging.getLogger("legocompress").warning(message)
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights cannot be copied or pickled, so a copy runs the network's own code.
-        return {**self.__dict__, "run": None, "graph": None, "state": [], "empty_hooks": []}
+        return {**self.__dict__, "run": None, "graph": None, "guard": None}
 
 
-def install_(graph: FusedGraph, memory_format: Format, inputs: tuple[Tensor, ...]) -> str | None:
+def install_(
+    graph: FusedGraph,
+    memory_format: Format,
+    inputs: tuple[Tensor, ...],
+    warned: set[str],
+) -> str | None:
     """Replace the module's forward by its graph, or say why the graph cannot replace it.
 
     The routes of the graph's layers must be in use; what they do not need is released.
     """
     for conv in graph.convs:
         conv.release_others()
-    deployed = DeployedForward(graph, memory_format, inputs)
+    deployed = DeployedForward(graph, memory_format, inputs, warned)
     with torch.no_grad():
         expected = _output_tensors(graph.root.forward(*inputs))
         deployed(*inputs)  # records the runs of kernel layers

@@ -75,7 +75,8 @@ def fuse_graph(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> Fuse
         inputs: one or two tensors (N, c, H, W) to learn the sizes of its maps from.
 
     Raises:
-        DeployError: it takes another number of inputs, or changes its own buffers.
+        DeployError: it takes another number of inputs, changes its own buffers, or stores values
+            on itself.
         Exception: whatever the network's own code raises when it is traced.
     """
     graph = FusedGraph(name, module, trace_module(module, inputs))

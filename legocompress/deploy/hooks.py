@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,12 +13,13 @@ def is_hooked(module: nn.Module) -> bool:
     return any(_hook_dicts(module)) or "forward" in module.__dict__
 
 
-def empty_hook_dicts(root: nn.Module) -> list[Mapping[int, Any]]:
-    """The hook dictionaries of a module's parts, the module itself left out, that are empty now.
+def empty_hook_dicts(root: nn.Module, live: Collection[nn.Module]) -> list[Mapping[int, Any]]:
+    """The hook dictionaries of a module's parts that are empty now.
 
+    The module itself is left out, and so are the `live` modules, whose hooks are always heard.
     PyTorch fills these same dictionaries when a hook is registered later.
     """
-    parts = (module for module in root.modules() if module is not root)
+    parts = (module for module in root.modules() if module is not root and module not in live)
     return [hooks for module in parts for hooks in _hook_dicts(module) if not hooks]
 
 

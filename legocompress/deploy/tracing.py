@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torchvision.ops import FrozenBatchNorm2d
 
 from legocompress.deploy.hooks import is_hooked
+from legocompress.deploy.module_state import AttributeRecord
 from legocompress.errors import DeployError
 
 # Modules that stay one node of the graph; fx itself keeps those that are defined in torch.nn.
@@ -72,7 +73,8 @@ def trace_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModul
         inputs: one or two tensors (N, c, H, W) to run it on.
 
     Raises:
-        DeployError: it takes another number of inputs, or changes its own buffers.
+        DeployError: it takes another number of inputs, changes its own buffers, or stores values
+            on itself.
         Exception: whatever the module's own code raises when it is traced.
     """
     if len(inputs) not in (1, 2):
@@ -88,14 +90,21 @@ def trace_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModul
 
 
 def _trace_without_side_effects(entry: nn.Module) -> fx.Graph:
-    """Trace; DeployError if that changed a buffer, which then gets its value back."""
+    """Trace; DeployError if that changed a buffer or an attribute, which gets its value back."""
     before = [(buffer, buffer._version, buffer.clone()) for buffer in entry.buffers()]
-    graph = _Tracer().trace(entry)
-    changed = [(buffer, value) for buffer, count, value in before if buffer._version != count]
-    for buffer, value in changed:
-        buffer.copy_(value)
+    attributes = AttributeRecord(entry)
+    try:
+        graph = _Tracer().trace(entry)
+    finally:
+        stored = attributes.restore_()
+        changed = [(buffer, value) for buffer, count, value in before if buffer._version != count]
+        for buffer, value in changed:
+            buffer.copy_(value)
     if changed:
         raise DeployError("its forward pass changes its buffers")
+    if stored:
+        name = stored[0].removeprefix(ROOT).removeprefix(".")
+        raise DeployError(f"its forward pass stores a value on the network, {name}")
     return graph
 
 

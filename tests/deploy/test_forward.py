@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, Dataset
 
 import legocompress as lego
 from tests.support.deploying import X, deployed, relative, runs_by_graph
 
 
-def test_training_and_gradients_go_through_the_own_code() -> None:
+def test_training_and_gradients_go_through_the_own_code(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = deployed()
     assert runs_by_graph(model)
     model.train()
     model(X).sum().backward()
     assert model.conv1.lego_filters.grad.abs().max() > 0
+    assert not caplog.records
     model.eval()
     assert not runs_by_graph(model)  # the norms' statistics have moved
     model, expected = deployed()
     x = X.clone().requires_grad_()
     model(x).sum().backward()
     assert x.grad.abs().max() > 0
-    assert relative(expected, model(X)) < 1e-5
+    with torch.no_grad():
+        assert relative(expected, model(X)) < 1e-5
+
+
+def test_gradients_of_parameters_in_eval_mode(caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = deployed()
+    twin = lego.undeploy_(copy.deepcopy(model))
+    for network in (model, twin):
+        for _ in range(2):
+            network(X).square().sum().backward()
+    gradients = {name: value.grad for name, value in twin.named_parameters()}
+    assert all(torch.equal(gradients[n], value.grad) for n, value in model.named_parameters())
+    assert all(float(gradient.abs().max()) > 0 for gradient in gradients.values())
+    assert len(caplog.records) == 1
+    assert "torch.no_grad()" in caplog.records[0].message
+    with torch.inference_mode():
+        assert relative(expected, model(X)) < 1e-5
+    assert runs_by_graph(model)
+    model.requires_grad_(False)
+    assert not model(X).requires_grad
+    assert runs_by_graph(model)
 
 
 @pytest.mark.parametrize("change", ["load", "step", "double", "autocast", "dense"])
@@ -55,6 +78,23 @@ def test_a_change_is_seen(change: str) -> None:
                 assert not runs_by_graph(model)
         else:
             assert relative(expected.to(x.dtype), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_transforms_go_through_the_own_code() -> None:
+    model, expected = deployed()
+    twin = lego.undeploy_(copy.deepcopy(model))
+    assert relative(expected, torch.vmap(lambda x: model(x[None])[0])(X)) < 1e-5
+    for derive in (torch.func.jvp, torch.func.vjp):
+        inputs: Any = ((X,), (X,)) if derive is torch.func.jvp else (X,)
+        ours, plain = derive(model, *inputs)[1], derive(twin, *inputs)[1]
+        if derive is torch.func.vjp:
+            ours, plain = ours(expected), plain(expected)
+        assert relative(plain, ours) < 1e-6
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, X)
+        tangents = [forward_ad.unpack_dual(network(dual)).tangent for network in (twin, model)]
+        assert relative(*tangents) < 1e-6
 
 
 @pytest.mark.slow

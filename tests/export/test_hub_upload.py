@@ -116,7 +116,7 @@ def test_what_the_hub_refuses_is_told(
         monkeypatch.setattr(HfApi, "create_repo", fail)
 
     refuse(HFValidationError("Repo id must be in the form"))
-    with pytest.raises(UsageError, match="no name of a repository"):
+    with pytest.raises(UsageError, match="not the name of a repository"):
         lego.push(folder, "a/b/c")
     refuse(PermissionError("401 Client Error.\nmore"))
     with pytest.raises(OutputError, match=r"401 Client Error.\. Log in with `hf auth login`"):

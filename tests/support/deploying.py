@@ -86,11 +86,13 @@ def deployed() -> tuple[nn.Module, Tensor]:
 
 
 def runs_by_graph(model: nn.Module) -> bool:
+    """Whether a call without gradients runs the graph."""
     own = model.__dict__["forward"]
     run, ran = own.run, []
     own.run = lambda *args: ran.append(1) or run(*args)
     try:
-        model(X)
+        with torch.no_grad():
+            model(X)
     finally:
         own.run = run
     return bool(ran)
