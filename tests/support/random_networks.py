@@ -1,8 +1,9 @@
-"""Small random networks of convs of every geometry, with sums, ties and outputs of any structure."""
+"""Small random networks: convs of every geometry, sums, ties, outputs of any structure."""
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,18 +43,20 @@ class RandomBlock(nn.Module):
         norms: list[Any] = [nn.BatchNorm2d, nn.BatchNorm2d, BatchNormAct2d, nn.Identity]
         self.norm = nn.Identity() if rng.random() < 0.3 else rng.choice(norms)(n)
         self.act = rng.choice(ACTIVATIONS)()
-        self.adds = rng.random() < 0.5
-        self.adds_first, self.twice = rng.random() < 0.5, c == n and rng.random() < 0.2
+        # Decided here, since a network that looks at shapes is not traced.
+        with torch.no_grad():
+            keeps_shape = self.conv(torch.zeros(1, c, 10, 10)).shape == (1, c, 10, 10)
+        self.adds, self.adds_first = keeps_shape and rng.random() < 0.7, rng.random() < 0.5
+        self.twice = keeps_shape and rng.random() < 0.2
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x))
-        if self.twice and y.shape == x.shape:
+        if self.twice:
             y = self.norm(self.conv(y))
-        adds = self.adds and y.shape == x.shape
-        if adds and self.adds_first:
+        if self.adds and self.adds_first:
             return self.act(y + x)  # type: ignore[no-any-return]
         y = self.act(y)
-        return x + y if adds else y
+        return x + y if self.adds else y
 
 
 class RandomNetwork(nn.Module):
@@ -64,9 +67,7 @@ class RandomNetwork(nn.Module):
         rng = random.Random(seed)
         self.stem = nn.Conv2d(3, 6, 3, padding=1)
         widths = [6, *(rng.choice([4, 6, 6, 8, 12]) for _ in range(rng.randint(2, 5)))]
-        self.blocks = nn.ModuleList(
-            RandomBlock(rng, c, n) for c, n in zip(widths, widths[1:], strict=False)
-        )
+        self.blocks = nn.ModuleList(RandomBlock(rng, c, n) for c, n in pairwise(widths))
         self.head = nn.Linear(widths[-1], 5)
         self.looks_at_values = rng.random() < 0.2
         self.output = output or rng.choice(OUTPUTS)
@@ -101,7 +102,7 @@ class RandomNetwork(nn.Module):
 def random_conv(rng: random.Random, c: int, n: int) -> nn.Conv2d:
     """A conv of any kernel, stride, dilation, groups, padding and class, perhaps edited later.
 
-    It keeps a map of at least 8 x 8 pixels large enough to be reflected.
+    A map may become too small to be reflected: then the network itself does not run.
     """
     kernel = rng.choice([(1, 1), (3, 3), (3, 3), (2, 2), (1, 3), (5, 5), (4, 3)])
     dilation = rng.choice([1, 1, 1, 2])
