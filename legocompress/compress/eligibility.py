@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from legocompress.lego.plain import is_plain_parameter
 from legocompress.models.probe import Calls, default_input, model_cfg
 from legocompress.spec import LegoSpec, matches
 
@@ -61,8 +62,10 @@ def explain_unsupported(layer: nn.Module, tied: set[int]) -> str | None:
         return f"{type(layer).__name__} is not supported"
     if isinstance(weight, UninitializedParameter):
         return "lazy layer without weights yet: run the model once"
-    if weight is None:
+    if weight is None or hasattr(type(layer), "weight"):
         return "its weight is computed (parametrisation or weight norm), not a parameter"
+    if not is_plain_parameter(weight):
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if id(weight) in tied:
         return "its weight is shared with another layer"
     return None

@@ -16,6 +16,7 @@ from legocompress.compress.eligibility import (
     explain_unwanted,
     find_structural_exclusions,
 )
+from legocompress.compress.own_computation import explain_name_clash, explain_own_computation
 from legocompress.compress.plan_types import LayerPlan, Plan
 from legocompress.compress.sizing import check_splits, choose_shape, explain_no_gain
 from legocompress.errors import PlanError
@@ -128,6 +129,9 @@ def _plan_layer(
         )
     if reason is None and isinstance(layer, nn.Conv2d) and layer.in_channels == layer.groups:
         reason = "depthwise: one input channel a group"
+    if reason is None:
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
+        reason = explain_name_clash(layer) or explain_own_computation(layer)
     if reason is None:
         ours = spec.for_layer(name)
         shape = choose_shape(row, ours)

@@ -17,6 +17,7 @@ from legocompress.deploy.plain_layers import PLAIN_ROUTES, PlainLayer
 from legocompress.deploy.recorded import record_runs
 from legocompress.deploy.route_plan import RoutePlan, Routes, use_routes_
 from legocompress.deploy.timing import cool_down_seconds, pick_fastest, time_interleaved
+from legocompress.errors import KernelError
 from legocompress.state.deployment import ConvRoute, Format
 
 # Largest difference of a backend's output from 'assemble', relative to the largest output.
@@ -54,10 +55,11 @@ def autotune(
         try:
             with torch.no_grad():
                 tuner.run(*(to_memory_format(x, memory_format) for x in inputs))
-        except RuntimeError:
+        # The network's own code may refuse a format, for instance by a view, with any exception.
+        except Exception:
             if memory_format == formats[0]:
                 raise
-            continue  # the network's own code cannot run in this format, for instance has a view
+            continue
         for name, medians in tuner.milliseconds().items():
             milliseconds.setdefault(name, {}).update(medians)
         for name, plan in tuner.plans().items():
@@ -188,7 +190,7 @@ def time_routes(
             conv.prepare(route, memory_format, x)
             runner = conv.runner(route, memory_format)
             gap = float((runner(x, residual, False) - expected).abs().max())
-        except RuntimeError:
+        except (RuntimeError, KernelError):
             continue  # the library refuses this layer
         if gap <= limit:
             candidates[route] = lambda runner=runner: runner(x, summand, overwrite)  # type: ignore[misc]

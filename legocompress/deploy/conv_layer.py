@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from legocompress.deploy.backends import BACKENDS, Runner, possible_routes
 from legocompress.deploy.folding import FoldedConv
 from legocompress.deploy.hooks import is_hooked
-from legocompress.lego.module import LegoModule, replaced_class
+from legocompress.lego.module import computes_plainly
 from legocompress.state.deployment import ConvRoute, Format
 
 
@@ -20,8 +19,7 @@ def is_deployable_conv(layer: nn.Module, allow_hooks: bool = False) -> bool:
     """
     if not isinstance(layer, nn.Conv2d) or (is_hooked(layer) and not allow_hooks):
         return False
-    base = replaced_class(layer) if isinstance(layer, LegoModule) else type(layer)
-    return base.forward in (nn.Conv2d.forward, Conv2dSame.forward)
+    return computes_plainly(layer)
 
 
 class DeployedConv(nn.Module):

@@ -8,16 +8,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from legocompress import kernels
 from legocompress.deploy.autotune import autotune
+from legocompress.deploy.backends import BACKENDS
 from legocompress.deploy.forward import DeployedForward, install_, uninstall_
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.machine import describe_machine
-from legocompress.deploy.partition import Partition, partition_model
-from legocompress.deploy.route_plan import RoutePlan, explain_misfit, prepare_choices
-from legocompress.errors import DeployError
+from legocompress.deploy.memory_format import TORCH_FORMATS
+from legocompress.deploy.partition import Part, Partition, describe_error, partition_model
+from legocompress.deploy.route_plan import (
+    RoutePlan,
+    explain_misfit,
+    prepare_choices,
+    simplest_plan,
+)
+from legocompress.errors import DeployError, UsageError
 from legocompress.lego.module import ModelT, lego_modules
 from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
 from legocompress.state.model_state import lego_state
@@ -61,10 +68,14 @@ def deploy_(
         seconds: about how long to time whole networks.
         on_layer: called with the name of each layer that has been timed, once per memory format.
 
+    A part that cannot be traced, timed or run in its deployed form runs by its own code, and a note
+    in `lego_state(model).deployment` says why.
+
     Raises:
         DeployError: the choices do not fit the network.
-        UsageError: the example contains no image.
+        UsageError: the example contains no image, or there is no such route or format.
     """
+    _check_usage(only, formats)
     undeploy_(model)
     partition = partition_model(model.eval(), example_input)
     machine = describe_machine(partition.images)
@@ -74,18 +85,23 @@ def deploy_(
     usable_hints = () if remeasure or only is not None else hints
     reusable = _reusable_choices(partition, machine, choices, usable_hints)
 
+    progress = _Progress(on_layer)
+
+    def plan_part(graph: FusedGraph, inputs: tuple[Tensor, ...]) -> RoutePlan:
+        if reusable is not None:
+            return prepare_choices(graph, inputs, reusable)
+        return autotune(graph, inputs, seconds, progress, only, formats)
+
     plans: list[tuple[FusedGraph, RoutePlan]] = []
     installed: list[FusedGraph] = []
     warned: set[str] = set()
     # A part that another part calls comes after it, and is deployed before it.
     for part in reversed(partition.parts):
-        inputs = part.inputs()
-        if reusable is not None:
-            plan = prepare_choices(part.graph, inputs, reusable)
-        else:
-            plan = autotune(part.graph, inputs, seconds, on_layer, only, formats)
+        plan, fault = _deploy_part_(part, plan_part, warned)
         plans.append((part.graph, plan))
-        fault = install_(part.graph, plan.memory_format, inputs, warned)
+        if progress.error is not None:
+            undeploy_(model)
+            raise progress.error
         if fault is None:
             installed.append(part.graph)
         else:
@@ -106,6 +122,46 @@ def deploy_(
     return model
 
 
+def _check_usage(only: tuple[ConvRoute, ...] | None, formats: tuple[Format, ...]) -> None:
+    unknown = [route for route in only or () if route not in BACKENDS]
+    if unknown:
+        raise UsageError(f"only={only}: no route {unknown[0]!r}; there are {', '.join(BACKENDS)}")
+    if not formats or any(name not in TORCH_FORMATS for name in formats):
+        raise UsageError(f"formats={formats}: name one or more of {', '.join(TORCH_FORMATS)}")
+
+
+class _Progress:
+    """Calls the user's `on_layer`, and remembers its error, which is not a fault of the part."""
+
+    def __init__(self, on_layer: Callable[[str], None] | None) -> None:
+        self.on_layer = on_layer
+        self.error: Exception | None = None
+
+    def __call__(self, name: str) -> None:
+        try:
+            if self.on_layer is not None and self.error is None:
+                self.on_layer(name)
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _deploy_part_(
+    part: Part,
+    plan_part: Callable[[FusedGraph, tuple[Tensor, ...]], RoutePlan],
+    warned: set[str],
+) -> tuple[RoutePlan, str | None]:
+    """Plan and install a part; return its plan, and why it runs by its own code, if it does."""
+    plan = simplest_plan(part.graph)
+    try:
+        inputs = part.inputs()
+        plan = plan_part(part.graph, inputs)
+        return plan, install_(part.graph, plan.memory_format, inputs, warned)
+    # A library or the network's own code may refuse with any exception; nothing is installed then.
+    except Exception as error:
+        return plan, describe_error(error)
+
+
 def undeploy_(model: ModelT) -> ModelT:
     """Undo `deploy_`: the network runs its own code again; its weights stay frozen."""
     uninstall_(model)
@@ -121,7 +177,10 @@ def deployed_graph(model: nn.Module) -> nn.Module:
     """
     forward = model.__dict__.get("forward")
     if not isinstance(forward, DeployedForward) or forward.run is None:
-        raise DeployError("no single graph stands for this network: deploy_ could not trace it")
+        deployment = lego_state(model).deployment
+        notes = () if deployment is None else deployment.notes
+        reason = next((note for note in notes if note.startswith("(root)")), "it is not deployed")
+        raise DeployError(f"no single graph stands for this network: {reason}")
     return forward.graph
 
 

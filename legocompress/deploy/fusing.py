@@ -27,6 +27,7 @@ from legocompress.deploy.tracing import (
     qualified_name,
     trace_module,
 )
+from legocompress.lego.module import computes_plainly
 
 DEPLOYED = "deployed"  # the module list of the deployed layers in the graph
 
@@ -134,7 +135,7 @@ def _plain_layer(prefix: str, node: fx.Node, layer: nn.Module) -> PlainLayer | N
         return DeployedPool(name, layer)
     if type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1)):
         return DeployedMean(name) if is_called_on_map(node) else None
-    if type(layer) is nn.Linear:
+    if type(layer) is nn.Linear and computes_plainly(layer):
         shape = node.args[0].meta["shape"] if isinstance(node.args[0], fx.Node) else None
         return DeployedLinear(name, layer) if len(shape or ()) == 2 else None
     return None

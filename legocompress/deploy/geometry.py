@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
+
+from legocompress.lego.module import LegoModule
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,23 @@ class Geometry:
 
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Geometry:
-        """The geometry of a conv, with the paddings 'same' and 'valid' as numbers."""
-        kernel, stride, dilation = (
-            (int(pair[0]), int(pair[1]))
-            for pair in (layer.kernel_size, layer.stride, layer.dilation)
-        )
-        unpadded = cls(kernel, stride, (0, 0), dilation, layer.groups)
+        """The geometry of a conv, with the paddings 'same' and 'valid' as numbers.
+
+        It reads what the conv's own forward reads, since attributes may have been changed after
+        construction: the kernel from the weight, and `_reversed_padding_repeated_twice` only where
+        the padding is not zeros.
+        """
+        stride, dilation = _pair(layer.stride), _pair(layer.dilation)
+        unpadded = cls(_kernel(layer), stride, (0, 0), dilation, layer.groups)
         if isinstance(layer, Conv2dSame):
             return replace(unpadded, same=True)
-        left, right, top, bottom = layer._reversed_padding_repeated_twice
         if layer.padding_mode != "zeros":
+            left, right, top, bottom = layer._reversed_padding_repeated_twice
             return replace(unpadded, pad=(left, right, top, bottom), mode=layer.padding_mode)
-        if left != right or top != bottom:
-            return replace(unpadded, pad=(left, right, top, bottom))
-        return replace(unpadded, padding=(top, left))
+        if layer.padding == "same":
+            return replace(unpadded, **_same_zeros(unpadded))
+        padding: Any = 0 if layer.padding == "valid" else layer.padding
+        return replace(unpadded, padding=_pair(padding))
 
     @property
     def pads_before_conv(self) -> bool:
@@ -70,3 +77,27 @@ class Geometry:
         reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
         n_outputs = -(-size // stride)
         return max(0, (n_outputs - 1) * stride + reach - size)
+
+
+def _kernel(layer: nn.Conv2d) -> tuple[int, int]:
+    if isinstance(layer, LegoModule):
+        return layer.lego_shape.kernel
+    height, width = layer.weight.shape[2:]
+    return int(height), int(width)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """A number per axis; one number stands for both axes, as in F.conv2d."""
+    values = [value] if isinstance(value, int) else list(value)
+    return int(values[0]), int(values[-1])
+
+
+def _same_zeros(unpadded: Geometry) -> dict[str, Any]:
+    """The fields of the padding 'same', which puts the odd pixel to the right and the bottom."""
+    rows, columns = (
+        (size - 1) * step for size, step in zip(unpadded.kernel, unpadded.dilation, strict=True)
+    )
+    if rows % 2 == 0 and columns % 2 == 0:
+        return {"padding": (rows // 2, columns // 2)}
+    left, top = columns // 2, rows // 2
+    return {"pad": (left, columns - left, top, rows - top)}

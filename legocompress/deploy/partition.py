@@ -115,7 +115,7 @@ class _Partitioner:
             return fuse_graph(name, module, _with_values(example))
         # Tracing runs the network's own code on values that it may refuse with any exception.
         except Exception as error:
-            return _one_line(error)
+            return describe_error(error)
 
 
 NOT_ONLY_TENSORS = "it takes more than tensors"
@@ -143,7 +143,7 @@ def _example_calls(
             model(*args)
     # The example may suit only some of the network: then the modules that ran have their shapes.
     except Exception as error:
-        calls.setdefault(model, _one_line(error))
+        calls.setdefault(model, describe_error(error))
     finally:
         for hook in hooks:
             hook.remove()
@@ -169,5 +169,6 @@ def _join(name: str, child: str) -> str:
     return ".".join(part for part in (name, child) if part)
 
 
-def _one_line(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """The type of an error and the first line of its text, cut to 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -14,6 +14,7 @@ from legocompress.deploy.folding import is_foldable
 from legocompress.deploy.hooks import is_hooked
 from legocompress.deploy.plain_layers import PlainLayer
 from legocompress.deploy.tracing import LEAVES, only_user
+from legocompress.lego.module import computes_plainly
 
 SUMS = (operator.add, operator.iadd, torch.add)
 
@@ -97,6 +98,8 @@ def _may_write(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node could change, in place, a tensor that another node made."""
     if node.op == "call_module":
         layer = graph_module.get_submodule(str(node.target))
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not computes_plainly(layer):
+            return True  # the network's own code may do anything
         if isinstance(layer, (*LEAVES, DeployedConv, PlainLayer)):
             return is_hooked(layer)
         plain = type(layer).__module__.startswith("torch.nn.") and not is_hooked(layer)

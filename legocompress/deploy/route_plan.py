@@ -39,6 +39,12 @@ def use_routes_(graph: FusedGraph, plan: RoutePlan) -> None:
         plain.route = plan.routes[plain.name]  # type: ignore[assignment]
 
 
+def simplest_plan(graph: FusedGraph) -> RoutePlan:
+    """Every layer by PyTorch's own operator, in NCHW."""
+    routes: Routes = {conv.name: "assemble" for conv in graph.convs}
+    return RoutePlan("nchw", {**routes, **{plain.name: "plain" for plain in graph.plains}})
+
+
 def explain_misfit(graphs: list[FusedGraph], choices: Choices, x: Tensor) -> str | None:
     """Why choices cannot be used for these graphs on inputs like x; None where they can."""
     for graph in graphs:

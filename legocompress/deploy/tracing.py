@@ -51,6 +51,10 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if (
+            type(m).__call__ is not nn.Module.__call__
+        ):  # it would run once here and once in the graph
+            raise DeployError(f"{type(m).__name__} has a __call__ of its own")
         # The hooks of the network itself run around the deployed forward, so they are not traced.
         return super().call_module(m, m.forward if m is self.root.net else forward, args, kwargs)
 

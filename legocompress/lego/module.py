@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.lego.algebra import assemble, split_transform_merge
+from legocompress.lego.plain import has_replaced_method, is_plain_class, is_plain_parameter
 from legocompress.lego.proxy import assemble_through, choose_terms, start_proxy
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
@@ -85,10 +86,8 @@ class LegoModule(nn.Module):
         self._route = route
 
     def routes(self) -> tuple[Route, ...]:
-        """The routes of this layer; a class that overrides forward has 'assemble' alone."""
-        forward = getattr(replaced_class(self), "forward", None)
-        known = (nn.Conv2d.forward, Conv2dSame.forward, nn.Linear.forward)
-        return ("assemble", "reference") if forward in known else ("assemble",)
+        """The routes of this layer; one with a computation of its own has 'assemble' alone."""
+        return ("assemble", "reference") if computes_plainly(self) else ("assemble",)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer by its route."""
@@ -104,7 +103,7 @@ class LegoModule(nn.Module):
         assert isinstance(self, nn.Conv2d)
         padding: Any = self.padding
         if isinstance(self, Conv2dSame):
-            x, padding = pad_same(x, self.kernel_size, self.stride, self.dilation), (0, 0)
+            x, padding = pad_same(x, self.lego_shape.kernel, self.stride, self.dilation), (0, 0)
         elif self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
@@ -207,6 +206,29 @@ def lego_class(base: type[nn.Module]) -> type[LegoModule]:
 def replaced_class(module: LegoModule) -> type[nn.Module]:
     """The class of the layer that a Lego module replaced."""
     return type(module).__mro__[2]
+
+
+def computes_plainly(layer: nn.Module) -> bool:
+    """Whether a layer computes exactly as nn.Conv2d, timm's Conv2dSame or nn.Linear does.
+
+    Only such a layer may run by a route other than its own code. Others are those whose class or
+    instance changes a method on the way to the convolution, and those whose weight or bias is not
+    a plain parameter. A Lego layer counts as the layer that it replaced. Hooks do not count.
+    """
+    if isinstance(layer, LegoModule):
+        return _has_plain_methods(layer, replaced_class(layer)) and _has_plain_bias(layer)
+    weight = layer._parameters.get("weight")
+    has_plain_values = is_plain_parameter(weight) and _has_plain_bias(layer)
+    return has_plain_values and _has_plain_methods(layer, type(layer))
+
+
+def _has_plain_methods(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    return is_plain_class(cls) and not has_replaced_method(layer)
+
+
+def _has_plain_bias(layer: nn.Module) -> bool:
+    bias = layer._parameters.get("bias")
+    return "bias" in layer._parameters and (bias is None or is_plain_parameter(bias))
 
 
 def _blank(base: type[nn.Module]) -> LegoModule:

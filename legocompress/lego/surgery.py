@@ -17,6 +17,7 @@ from legocompress.lego.module import (
     lego_modules,
     replaced_class,
 )
+from legocompress.lego.plain import Replacement as Replacement
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
 from legocompress.spec import FilterDtype, StorageDtype
@@ -127,10 +128,6 @@ def to_dense_(model: ModelT) -> ModelT:
 def to_dense(model: nn.Module) -> nn.Module:
     """Copy a converted network with every Lego module turned back into an ordinary layer."""
     return to_dense_(copy.deepcopy(model))
-
-
-class Replacement:
-    """Base of callables that replace a method on one instance, until `to_dense_` removes them."""
 
 
 class _RefuseFusing(Replacement):
