@@ -29,6 +29,7 @@ from legocompress.calibrate.journal import Journal, hash_states, hash_tensors
 from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, write_unit_
 from legocompress.errors import ConversionError, DataError
 from legocompress.lego.module import lego_modules
+from legocompress.models.checks import check_network
 from legocompress.models.probe import evaluating
 from legocompress.state.calibration import Calibration, LayerRepair
 from legocompress.state.model_state import lego_state
@@ -109,9 +110,12 @@ def calibrate_(
         on_batch: called with the number of batches done, and of all batches, in step 3.
 
     Raises:
+        UsageError: a network is wrapped, compiled or scripted, or holds a lazy layer.
         ConversionError: the original lacks a layer of the model.
         DataError: there are fewer than ten images, or a network refuses them.
     """
+    check_network(model)
+    check_network(original)
     names = {name for name, _ in original.named_modules()}
     missing = [name for name, _ in lego_modules(model) if name not in names]
     if missing:

@@ -19,6 +19,7 @@ from legocompress.deploy.partition import Partition, partition_model
 from legocompress.deploy.route_plan import RoutePlan, explain_misfit, prepare_choices
 from legocompress.errors import DeployError
 from legocompress.lego.module import ModelT, lego_modules
+from legocompress.models.checks import refuse_wrapper
 from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
 from legocompress.state.model_state import lego_state
 
@@ -62,8 +63,9 @@ def deploy_(
 
     Raises:
         DeployError: the choices do not fit the network.
-        UsageError: the example contains no image.
+        UsageError: the example contains no image, or the model is wrapped, compiled or scripted.
     """
+    refuse_wrapper(model)
     undeploy_(model)
     partition = partition_model(model.eval(), example_input)
     machine = describe_machine(partition.images)

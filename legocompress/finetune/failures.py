@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from legocompress.errors import TrainingError, first_line
 from legocompress.finetune.recipe import Recipe
+
+# What PyTorch says of values changed in place: 'modified by an inplace operation', 'a leaf Variable
+# that requires grad is being used in an in-place operation', '... is being modified inplace'.
+IN_PLACE = re.compile(r"in-?place operation|being modified in-?place")
 
 
 def make_divergence_error(what: str, recipe: Recipe, epoch: int) -> TrainingError:
@@ -37,7 +42,8 @@ def explain_failures(recipe: Recipe, epoch: int) -> Iterator[None]:
     """Turn known failures of PyTorch into errors that say what to change; pass on all others.
 
     Raises:
-        TrainingError: memory is exhausted, or a process that reads images or trains has died.
+        TrainingError: memory is exhausted, a process that reads images or trains has died, or the
+            network changes a value in place that its gradient needs.
     """
     try:
         yield
@@ -57,6 +63,13 @@ def explain_failures(recipe: Recipe, epoch: int) -> Iterator[None]:
             raise TrainingError(
                 f"another process has died in epoch {epoch + 1}; what was saved before is still "
                 "good, and --resume continues from it"
+            ) from error
+        if IN_PLACE.search(text):
+            raise TrainingError(
+                "the network cannot be trained, since an in-place operation in its forward changes "
+                f"a value that the gradient needs ({first_line(error)}); write y = y + x instead "
+                "of y += x and nn.ReLU() instead of nn.ReLU(inplace=True). "
+                "torch.autograd.set_detect_anomaly(True) shows the line whose value was changed"
             ) from error
         raise
 
