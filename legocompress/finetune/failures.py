@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import torch
@@ -11,10 +10,7 @@ from torch import nn
 
 from legocompress.errors import TrainingError, first_line
 from legocompress.finetune.recipe import Recipe
-
-# What PyTorch says of values changed in place: 'modified by an inplace operation', 'a leaf Variable
-# that requires grad is being used in an in-place operation', '... is being modified inplace'.
-IN_PLACE = re.compile(r"in-?place operation|being modified in-?place")
+from legocompress.models.in_place import explain_in_place
 
 
 def make_divergence_error(what: str, recipe: Recipe, epoch: int) -> TrainingError:
@@ -46,7 +42,8 @@ def explain_failures(recipe: Recipe, epoch: int) -> Iterator[None]:
             network changes a value in place that its gradient needs.
     """
     try:
-        yield
+        with explain_in_place():
+            yield
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise TrainingError(
@@ -63,13 +60,6 @@ def explain_failures(recipe: Recipe, epoch: int) -> Iterator[None]:
             raise TrainingError(
                 f"another process has died in epoch {epoch + 1}; what was saved before is still "
                 "good, and --resume continues from it"
-            ) from error
-        if IN_PLACE.search(text):
-            raise TrainingError(
-                "the network cannot be trained, since an in-place operation in its forward changes "
-                f"a value that the gradient needs ({first_line(error)}); write y = y + x instead "
-                "of y += x and nn.ReLU() instead of nn.ReLU(inplace=True). "
-                "torch.autograd.set_detect_anomaly(True) shows the line whose value was changed"
             ) from error
         raise
 

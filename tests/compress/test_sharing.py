@@ -147,7 +147,7 @@ def test_shared_weights_are_found_on_the_meta_device() -> None:
 
 def test_a_tied_bias_stays_tied_and_learns_from_both() -> None:
     torch.manual_seed(0)
-    model = Net()
+    model: Any = Net()
     model.b.bias = model.a.bias
     model.offset = model.a.bias
     convert_(model, plan(model, example_input=IMAGE))

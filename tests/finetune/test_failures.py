@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.errors import TrainingError
 from legocompress.finetune.epoch import Epoch
-from legocompress.finetune.failures import explain_failures
 from legocompress.finetune.loop import finetune_
 from legocompress.finetune.progress import Progress
 from legocompress.finetune.trainer import Trainer
@@ -106,24 +105,9 @@ def test_an_in_place_operation_that_breaks_the_gradient_is_explained(images: Pat
     model = InPlace()
     lego.convert_(model, lego.plan(model, example_input=torch.zeros(1, 1, 16, 16)))
     assert [name for name, _ in lego.lego_modules(model)] == ["conv"]
-    words = (
-        r"in-place operation in its forward.*\(.*inplace operation.*y = y \+ x instead of y \+= x"
-    )
+    words = r"in-place operation in its forward.*\(.*inplace operation.*write y = y \+ x instead"
     with pytest.raises(TrainingError, match=words):
         train(model, images, {})
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a leaf Variable that requires grad is being used in an in-place operation.",
-        "Output 0 of UnbindBackward0 is a view and is being modified inplace.",
-    ],
-)
-def test_other_words_for_in_place_are_explained_too(text: str) -> None:
-    with pytest.raises(TrainingError, match="in-place operation in its forward"):
-        with explain_failures(recipe(), 0):
-            raise RuntimeError(text)
 
 
 def test_other_errors_pass_unchanged(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

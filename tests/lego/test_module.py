@@ -19,7 +19,7 @@ from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, lego_class, lego_modules, replaced_class
 from legocompress.lego.shape import UnitShape
-from legocompress.lego.surgery import become_lego_, freeze_, guard_fusing_, to_dense_
+from legocompress.lego.surgery import become_lego_, freeze_, guard_fusing_, to_dense, to_dense_
 from legocompress.lego.unit import LegoUnit
 
 Layer = nn.Conv2d | nn.Linear
