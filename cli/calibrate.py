@@ -15,7 +15,7 @@ from legocompress.errors import UsageError
 from legocompress.models.source import source_of
 
 from . import render
-from .calibration import remove_journal, run_calibration
+from .calibration import open_labelled, remove_journal, run_calibration
 from .options import (
     CalibrationRequest,
     calibration_options,
@@ -58,6 +58,7 @@ def calibrate(
     **values: Any,
 ) -> None:
     """Repair the compressed folder CHECKPOINT with unlabelled images, towards its original."""
+    request = CalibrationRequest(data, seed=seed, **read_calibration(values))
     target = out or Path(f"{str(checkpoint).rstrip('/')}-calibrated")
     check_target(target, force)
     torch_device = read_device(device)
@@ -67,8 +68,9 @@ def calibrate(
         teacher = _create_recorded_original(network)
     if source_of(network).reparameterized:
         teacher = reparameterize_model(teacher)
-    request = CalibrationRequest(data, seed=seed, **read_calibration(values))
-    record = run_calibration(network, teacher.to(torch_device), request, target, as_json)
+    teacher = teacher.to(torch_device)
+    labelled = open_labelled(teacher, request)
+    record = run_calibration(network, teacher, request, labelled, target, as_json)
     lego.save(network, target, force)
     remove_journal(target)
     if as_json:

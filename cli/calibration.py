@@ -30,6 +30,7 @@ def run_calibration(
     network: nn.Module,
     original: nn.Module,
     request: CalibrationRequest,
+    labelled: Images | None,
     target: Path,
     quiet: bool,
 ) -> lego.Calibration:
@@ -39,22 +40,22 @@ def run_calibration(
         network: the compressed network.
         original: the network that it was converted from.
         request: what the options ask for.
+        labelled: what `open_labelled` returned.
         target: the folder that will be written; finished layers are stored next to it until
             `remove_journal`.
         quiet: show no progress bar.
 
     Raises:
-        UsageError: crops of synthetic images, or `labelled` images without labels.
+        UsageError: crops of synthetic images.
     """
     if request.data == SYNTHETIC and request.crops > 1:
         raise UsageError("--crops takes parts of photos; leave it out with synthetic images")
-    if request.labelled is None:
+    if labelled is None:
         return _calibrate(network, original, request, target, quiet)
-    images = _open_labelled(original, request.labelled, request.data_dir)
 
     def evaluate(teacher: nn.Module | None) -> lego.Evaluation:
-        batches = images.batches(request.batch_size, request.workers)
-        return lego.evaluate(network, batches, teacher, images.n_classes)
+        batches = labelled.batches(request.batch_size, request.workers)
+        return lego.evaluate(network, batches, teacher, labelled.n_classes)
 
     before = evaluate(original)
     record = _calibrate(network, original, request, target, quiet)
@@ -65,6 +66,25 @@ def run_calibration(
         after=_require_accuracy(evaluate(None).top1),
     )
     return _update_record(network, record, accuracy=accuracy)
+
+
+def open_labelled(original: nn.Module, request: CalibrationRequest) -> Images | None:
+    """Open the images to measure accuracy on; None if the request names none.
+
+    Raises:
+        UsageError: the images have no labels.
+        DataError: the classes do not fit the outputs of the original, among others.
+    """
+    if request.labelled is None:
+        return None
+    images = lego.open_images(
+        request.labelled, original, request.data_dir, class_map=request.class_map
+    )
+    if not images.labelled:
+        raise UsageError(f"--labelled: {request.labelled!r} has no labels to measure accuracy with")
+    if images.n_classes is not None:  # one image shows the number of outputs
+        lego.evaluate(original, images.sample(1).batches(1), n_classes=images.n_classes)
+    return images
 
 
 def remove_journal(target: Path) -> None:
@@ -120,13 +140,6 @@ def _update_record(
     record = record.model_copy(update=changes)
     lego.lego_state(network).calibration = record
     return record
-
-
-def _open_labelled(original: nn.Module, where: str, data_dir: str | None) -> Images:
-    images = lego.open_images(where, original, data_dir)
-    if not images.labelled:
-        raise UsageError(f"--labelled: {where!r} has no labels to measure accuracy with")
-    return images
 
 
 def _require_accuracy(top1: float | None) -> float:

@@ -17,7 +17,7 @@ from legocompress.errors import UsageError
 from legocompress.spec import LegoSpec
 
 from . import render
-from .calibration import remove_journal, run_calibration
+from .calibration import open_labelled, remove_journal, run_calibration
 from .options import (
     CalibrationRequest,
     calibration_options,
@@ -85,12 +85,15 @@ def convert(
     if dry_run:
         _print_plan(plan, as_json)
         return
-    original = None if calibration_data is None else _copy_original(network, plan)
-    _convert(network, plan, seed, as_json)
-    record = None
-    if calibration_data is not None and original is not None:
+    if calibration_data is None:
+        _convert(network, plan, seed, as_json)
+        record = None
+    else:
         request = CalibrationRequest(calibration_data, seed=seed, **calibration_values)
-        record = run_calibration(network, original, request, target, as_json)
+        original = _copy_original(network, plan)
+        labelled = open_labelled(original, request)
+        _convert(network, plan, seed, as_json)
+        record = run_calibration(network, original, request, labelled, target, as_json)
     lego.save(network, target, force)
     remove_journal(target)
     _print_result(model, target, plan, lego.measure(network, path=target), record, as_json)

@@ -1,4 +1,4 @@
-"""Write outputs under a temporary name and rename them, so that none is ever half written."""
+"""Write outputs under a temporary name, then rename them, so that none is ever half written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from legocompress.errors import OutputError, OutputExistsError, first_line
 
+# How often to replace a folder that other processes replace at the same time.
+ATTEMPTS = 20
+
 
 def check_free(target: Path, force: bool) -> None:
     """Raise OutputExistsError if `target` exists and may not be replaced."""
@@ -27,12 +30,12 @@ def check_free(target: Path, force: bool) -> None:
 
 @contextmanager
 def write_atomically(target: Path, force: bool = False, folder: bool = False) -> Iterator[Path]:
-    """Yield a temporary path to write to; rename it to `target` on success, else remove it.
+    """Yield a temporary path to write to; rename it to `target` on success, otherwise remove it.
 
     Args:
         target: path of the output.
         force: replace an existing output.
-        folder: the output is a folder, which is created.
+        folder: the output is a folder; the temporary folder is created.
 
     Raises:
         OutputExistsError: `target` exists and `force` is not given.
@@ -49,38 +52,52 @@ def write_atomically(target: Path, force: bool = False, folder: bool = False) ->
         if folder:
             path.mkdir()
         yield path
-        _replace(path, target, scratch)
+        check_free(target, force)  # another process may have written it meanwhile
+        _replace_patiently(path, target, scratch)
     except (OSError, SafetensorError) as error:
         raise _explain_failure(target, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _replace(path: Path, target: Path, scratch: Path) -> None:
-    old = scratch / "replaced"
+def _replace_patiently(path: Path, target: Path, scratch: Path) -> None:
+    """Replace `target`; try again if another process replaces the same folder at that moment."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return _replace(path, target, scratch / f"replaced{attempt}")
+        except OSError as error:
+            # The other process has moved the old folder away, or has put its own one there.
+            raced = error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+            if not raced or not path.is_dir() or attempt == ATTEMPTS - 1:
+                raise
+
+
+def _replace(path: Path, target: Path, old: Path) -> None:
+    """Move `path` to `target`; if that is interrupted, what was there before stays."""
     try:
         if path.is_dir() and target.exists():
-            # A folder cannot be renamed onto another one, so move the old one away first.
+            # A folder cannot be renamed onto another path that exists, so move that away first.
             os.rename(target, old)
         os.replace(path, target)
     finally:
-        if old.exists() and not target.exists():  # interrupted between the two
+        if old.exists() and not target.exists():  # interrupted between the two renames
             os.rename(old, target)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions that the umask asks for."""
+    """Write a safetensors file with the usual permissions, as the umask sets them."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)  # safetensors lets the owner alone read it
+    path.chmod(mode)  # safetensors would let only the owner read it
 
 
 def _explain_failure(target: Path, error: BaseException) -> OutputError:
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    """Make the error that says whether the disk is full or the path cannot be written."""
+    disk_full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     code = getattr(error, "errno", None)
-    text = str(error)
-    if code in full or any(f"os error {number}" in text for number in full):
+    text = str(error)  # safetensors gives the number only in its text
+    if code in disk_full or any(f"os error {number}" in text for number in disk_full):
         return OutputError(
             f"no space left to write {str(target)!r}; nothing was changed there. "
             "Free some space, or choose another --out"

@@ -1,4 +1,4 @@
-"""What the user asks for: LegoSpec, per-layer rules, name patterns; and a Lego unit's sizes."""
+"""What the user asks for: LegoSpec, the rules per layer, and patterns of layer names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FilterDtype = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class _Value(BaseModel):
-    """A frozen, strict value whose faults are told together, in this package's own error."""
+    """A frozen value that refuses unknown keys and reports all faults together in a SpecError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,10 +25,11 @@ class _Value(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise SpecError(_explain(error)) from None
+            raise SpecError(_describe_faults(error)) from None
 
 
-def _explain(error: ValidationError) -> str:
+def _describe_faults(error: ValidationError) -> str:
+    """Describe all faults in one line, as 'key=value: what is wrong; ...'."""
     faults = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"])
@@ -38,7 +39,7 @@ def _explain(error: ValidationError) -> str:
 
 
 class Rule(_Value):
-    """Settings for the layers whose name matches `pattern`; None keeps the general setting."""
+    """Settings for the layers whose names match `pattern`; None keeps the general setting."""
 
     pattern: str = Field(min_length=1)
     m: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -49,7 +50,7 @@ class Rule(_Value):
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Read 'PATTERN:key=value,...', such as 'layer4.*:m=0.25,o=4,k=4'.
+        """Parse 'PATTERN:key=value,...', such as 'layer4.*:m=0.25,o=4,k=4'.
 
         Raises:
             SpecError: the text has no settings, an unknown key, or a value out of range.
@@ -64,21 +65,32 @@ class Rule(_Value):
         fields: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
         if len(fields) < len(pairs) or "pattern" in fields:
             raise SpecError(
-                f"rule {text!r} sets a key twice, or 'pattern', which stands before the colon"
+                f"rule {text!r} sets a key twice, or 'pattern', which comes before the colon"
             )
         return cls(pattern=pattern, **fields)
 
 
 class LegoSpec(_Value):
-    """How a network is to be compressed.
+    """The settings of a compression.
 
-    `m` Lego filters per output channel, `o` splits of the input channels, `k` Lego filters summed
-    per slot, `coefficients` or the paper's plain binary form; `dtype` and `coefficients_dtype` are
-    what the checkpoint stores, and conversion rounds to them, so that what is measured is what is
-    saved. The first of `rules` whose pattern matches a layer overrides m, o, k, coefficients and
-    dtype there. `only` and `skip` choose layers by pattern. A layer named exactly (no wildcard) in
-    a rule or in `only` is taken in even where the default leaves it out (stem, classifier, Linear).
-    `allow_expansion` also converts layers where m' > n or where the Lego form takes more bits.
+    Attributes:
+        m: Lego filters per output channel.
+        o: splits of the input channels.
+        k: Lego filters summed per slot.
+        coefficients: whether each term has a coefficient; without, it is the paper's binary form.
+        dtype: storage dtype of the Lego filters. Conversion rounds to the storage dtypes, so that
+            the network that is measured is the network that is saved.
+        coefficients_dtype: storage dtype of the coefficients.
+        rules: the first rule whose pattern matches a layer overrides its m, o, k, coefficients and
+            dtype.
+        only: patterns of the layers to convert; by default all that can be.
+        skip: patterns of the layers not to convert.
+        linear: convert Linear layers too.
+        allow_expansion: also convert layers with more Lego filters than output channels (m' > n),
+            or where the Lego form takes more bits than the dense weight.
+
+    A layer that a rule or `only` names exactly, without a wildcard, is converted even if it is left
+    out by default (stem, classifier, Linear).
 
     Raises:
         SpecError: a value is out of range or a key is unknown.
@@ -105,7 +117,7 @@ class LegoSpec(_Value):
 
     @field_validator("only", "skip", mode="before")
     @classmethod
-    def _no_bare_string(cls, patterns: Any) -> Any:
+    def _wrap_single_pattern(cls, patterns: Any) -> Any:
         return (patterns,) if isinstance(patterns, str) else patterns
 
     def model_post_init(self, context: Any) -> None:
@@ -119,7 +131,7 @@ class LegoSpec(_Value):
                 )
 
     def for_layer(self, name: str) -> LegoSpec:
-        """The settings of one layer: the first matching rule laid over the general ones."""
+        """The settings of one layer: the general ones, changed by the first rule that matches."""
         for rule in self.rules:
             if matches(rule.pattern, name):
                 changes = rule.model_dump(exclude={"pattern"}, exclude_none=True)
@@ -131,14 +143,16 @@ class LegoSpec(_Value):
         return name in self.only or any(rule.pattern == name for rule in self.rules)
 
     def patterns(self) -> Iterable[tuple[str, str]]:
-        """Every pattern of this spec with the option that it came from."""
+        """All patterns of this spec, as pairs (option, pattern)."""
         yield from (("rule", rule.pattern) for rule in self.rules)
         yield from (("only", pattern) for pattern in self.only)
         yield from (("skip", pattern) for pattern in self.skip)
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a layer name matches a pattern: an exact name, a glob, or `re:` and a full match.
+    """Whether a layer name matches a pattern.
+
+    A pattern is an exact name, a glob, or `re:` and a regular expression that must match fully.
 
     Raises:
         PatternError: the regular expression is malformed.
@@ -147,7 +161,9 @@ def matches(pattern: str, name: str) -> bool:
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
-            raise PatternError(f"pattern {pattern!r} is no regular expression: {error}") from None
+            raise PatternError(
+                f"pattern {pattern!r} is not a regular expression: {error}"
+            ) from None
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 

@@ -1,8 +1,9 @@
-"""Outputs are whole or not there: written aside, renamed, and cleaned up after any failure."""
+"""Outputs are complete or absent: written elsewhere, renamed, and removed after any failure."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +30,9 @@ def fail(target: Path, folder: bool, error: type[BaseException]) -> None:
         raise error
 
 
-def only(place: Path, *names: str) -> None:
-    """Nothing else is there, hidden files included."""
-    assert sorted(entry.name for entry in place.iterdir()) == sorted(names)
+def assert_holds_only(folder: Path, *names: str) -> None:
+    """Assert that a folder holds these names and nothing else, not even hidden files."""
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted(names)
 
 
 @pytest.fixture(params=[False, True], ids=["file", "folder"])
@@ -39,7 +40,7 @@ def folder(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-def test_the_output_appears_at_the_end_only(tmp_path: Path, folder: bool) -> None:
+def test_the_output_appears_only_at_the_end(tmp_path: Path, folder: bool) -> None:
     target = tmp_path / "deep" / "er" / "out"
     with write_atomically(target, folder=folder) as path:
         assert path.name == "out"
@@ -48,18 +49,18 @@ def test_the_output_appears_at_the_end_only(tmp_path: Path, folder: bool) -> Non
         fill(path, "new", folder)
         assert not target.exists()
     assert read(target, folder) == "new"
-    only(target.parent, "out")
+    assert_holds_only(target.parent, "out")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_leaves_nothing(tmp_path: Path, folder: bool, error: type[BaseException]) -> None:
     with pytest.raises(error):
         fail(tmp_path / "out", folder, error)
-    only(tmp_path)
+    assert_holds_only(tmp_path)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failure_keeps_what_was_there(
+def test_a_failure_keeps_the_old_output(
     tmp_path: Path, folder: bool, error: type[BaseException]
 ) -> None:
     target = tmp_path / "out"
@@ -68,7 +69,7 @@ def test_a_failure_keeps_what_was_there(
     with pytest.raises(error):
         fail(target, folder, error)
     assert read(target, folder) == "old"
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
 def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Path) -> None:
@@ -95,10 +96,10 @@ def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Pat
     finally:
         sys.settrace(before)
     assert read(target, True) in ("old", "new")
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
-def test_what_stands_there_needs_force(tmp_path: Path, folder: bool) -> None:
+def test_to_replace_an_output_needs_force(tmp_path: Path, folder: bool) -> None:
     target = tmp_path / "out"
     with write_atomically(target, folder=folder) as path:
         fill(path, "old", folder)
@@ -112,27 +113,27 @@ def test_what_stands_there_needs_force(tmp_path: Path, folder: bool) -> None:
         fill(path, "new", folder)
         assert read(target, folder) == "old"
     assert read(target, folder) == "new"
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
-def test_a_folder_takes_the_place_of_a_fuller_one(tmp_path: Path) -> None:
+def test_a_folder_replaces_a_folder_with_more_files(tmp_path: Path) -> None:
     target = tmp_path / "out"
     (target / "sub").mkdir(parents=True)
     (target / "sub" / "old").write_text("x")
     with write_atomically(target, force=True, folder=True) as path:
         fill(path, "new", True)
-    only(target, "inside")
+    assert_holds_only(target, "inside")
 
 
-def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+def test_a_folder_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with write_atomically(tmp_path / "out", force=True, folder=True) as path:
         fill(path, "new", True)
     assert read(tmp_path / "out", True) == "new"
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
-def test_a_file_does_not_wipe_out_a_folder(tmp_path: Path) -> None:
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with (
@@ -141,10 +142,10 @@ def test_a_file_does_not_wipe_out_a_folder(tmp_path: Path) -> None:
     ):
         path.write_text("new")
     assert (tmp_path / "out" / "precious").read_text() == "x"
-    only(tmp_path, "out")
+    assert_holds_only(tmp_path, "out")
 
 
-def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path, folder: bool) -> None:
+def test_a_link_is_replaced_and_its_target_stays(tmp_path: Path, folder: bool) -> None:
     real = tmp_path / "real"
     with write_atomically(real, folder=folder) as path:
         fill(path, "old", folder)
@@ -155,17 +156,17 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path, folder: 
         fill(path, "new", folder)
     assert read(real, folder) == "old"
     assert read(tmp_path / "link", folder) == "new"
-    only(tmp_path, "link", "real")
+    assert_holds_only(tmp_path, "link", "real")
 
 
-def test_a_dangling_link_counts_as_an_output(tmp_path: Path) -> None:
+def test_a_broken_link_counts_as_an_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(OutputExistsError):
         check_free(tmp_path / "link", force=False)
     check_free(tmp_path / "nowhere", force=False)
 
 
-def test_a_file_in_the_way_of_the_parent(tmp_path: Path) -> None:
+def test_a_file_where_the_parent_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(OutputError, match="cannot write"),
@@ -174,7 +175,7 @@ def test_a_file_in_the_way_of_the_parent(tmp_path: Path) -> None:
         pytest.fail("the body must not run")
 
 
-def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
+def test_a_full_disk_has_a_message_of_its_own(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"no space left.*Free some space"),
         write_atomically(tmp_path / "a"),
@@ -185,16 +186,60 @@ def test_errors_of_the_disk_are_told_apart(tmp_path: Path) -> None:
         write_atomically(tmp_path / "a"),
     ):
         raise OSError(5, "Input/output error")
-    only(tmp_path)
+    assert_holds_only(tmp_path)
+
+
+def test_an_output_of_another_process_is_not_replaced_without_force(
+    tmp_path: Path, folder: bool
+) -> None:
+    target = tmp_path / "out"
+
+    def write_while_another_writes() -> None:
+        with write_atomically(target, folder=folder) as path:
+            fill(path, "mine", folder)
+            with write_atomically(target, folder=folder) as other:
+                fill(other, "theirs", folder)
+
+    with pytest.raises(OutputExistsError, match="exists already"):
+        write_while_another_writes()
+    assert read(target, folder) == "theirs"
+    assert_holds_only(tmp_path, "out")
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_two_processes_that_replace_one_folder_at_once(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one moves the old folder away first, or puts its own between our two renames."""
+    target = tmp_path / "out"
+    with write_atomically(target, folder=True) as path:
+        fill(path, "old", True)
+    rename = os.rename
+    calls: list[Path] = []
+
+    def race(source: Path, destination: Path) -> None:
+        calls.append(source)
+        if len(calls) == 1 and moment == "before":
+            shutil.rmtree(target)
+        rename(source, destination)
+        if len(calls) == 1:
+            target.mkdir()
+            fill(target, "theirs", True)
+
+    monkeypatch.setattr(os, "rename", race)
+    with write_atomically(target, force=True, folder=True) as path:
+        fill(path, "mine", True)
+    assert read(target, True) == "mine"
+    assert_holds_only(tmp_path, "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_read_only_place(tmp_path: Path) -> None:
+def test_a_read_only_folder(tmp_path: Path) -> None:
     place = tmp_path / "place"
     place.mkdir(mode=0o555)
     try:
         with pytest.raises(OutputError, match="cannot write"), write_atomically(place / "out"):
             pytest.fail("the body must not run")
-        only(place)
+        assert_holds_only(place)
     finally:
         place.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Settings: what is refused and how it is said, how rules are read, which layers patterns name."""
+"""Settings: which are refused with which message, how rules are parsed, what patterns match."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from legocompress.spec import LegoSpec, Rule, check_patterns, matches
 NAMES = ["stem.conv", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2", "fc"]
 
 
-def told(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
+def assert_message_has(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
     for part in parts:
         assert part in str(error.value)
 
@@ -51,7 +51,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(
 ) -> None:
     with pytest.raises(SpecError) as error:
         LegoSpec(**settings)
-    told(error, *parts)
+    assert_message_has(error, *parts)
     assert "\n" not in str(error.value)
 
 
@@ -61,15 +61,15 @@ def test_rules_of_a_wrong_type_are_a_spec_error(rules: Any) -> None:
         LegoSpec(rules=rules)
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_all_faults_are_reported_at_once() -> None:
     with pytest.raises(SpecError) as error:
         LegoSpec(m=-1, o=0, k=0, speed=9)  # type: ignore[call-arg]
-    told(error, "m=-1", "o=0", "k=0", "speed=9")
+    assert_message_has(error, "m=-1", "o=0", "k=0", "speed=9")
     assert isinstance(error.value, UsageError)
     assert error.value.exit_code == 2
 
 
-def test_expansion_is_taken_where_it_is_allowed() -> None:
+def test_m_above_one_needs_allow_expansion() -> None:
     spec = LegoSpec(m=2, rules=["fc:m=4"], allow_expansion=True)
     assert (spec.m, spec.for_layer("fc").m) == (2, 4)
     assert LegoSpec(m=1).m == 1
@@ -83,7 +83,7 @@ def test_the_defaults() -> None:
     assert (spec.linear, spec.allow_expansion) == (False, False)
 
 
-def test_a_spec_is_frozen_and_says_so_in_json_and_back() -> None:
+def test_a_spec_is_frozen_and_equals_its_dump() -> None:
     spec = LegoSpec(m=0.25, rules=["layer2.*:o=4,coefficients=false"], skip="fc")
     with pytest.raises(ValueError, match="frozen"):
         spec.m = 0.5
@@ -91,13 +91,13 @@ def test_a_spec_is_frozen_and_says_so_in_json_and_back() -> None:
     assert spec.skip == ("fc",)
 
 
-def test_a_rule_is_read_from_text() -> None:
+def test_a_rule_is_parsed_from_text() -> None:
     rule = Rule.parse("layer4.*:m=0.25, o=4,k=3,coefficients=false,dtype=bf16")
     assert rule == Rule(pattern="layer4.*", m=0.25, o=4, k=3, coefficients=False, dtype="bf16")
     assert Rule.parse("fc:k=2") == Rule(pattern="fc", k=2)
 
 
-def test_a_regular_expression_with_colons_is_read_as_the_pattern() -> None:
+def test_colons_of_a_regular_expression_belong_to_the_pattern() -> None:
     rule = Rule.parse("re:layer(?:1|2).*:m=0.25")
     assert (rule.pattern, rule.m) == ("re:layer(?:1|2).*", 0.25)
 
@@ -105,10 +105,10 @@ def test_a_regular_expression_with_colons_is_read_as_the_pattern() -> None:
 @pytest.mark.parametrize(
     "text", ["", "layer4.*", ":m=0.5", "layer4.*:", "layer4.*:m", "layer4.*:m=0.5,o", "re:layer.*"]
 )
-def test_a_malformed_rule_shows_the_right_form(text: str) -> None:
+def test_the_error_for_a_malformed_rule_shows_the_right_form(text: str) -> None:
     with pytest.raises(SpecError) as error:
         Rule.parse(text)
-    told(error, repr(text), "PATTERN:key=value", "layer4.*:m=0.25,o=4,k=4")
+    assert_message_has(error, repr(text), "PATTERN:key=value", "layer4.*:m=0.25,o=4,k=4")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_a_malformed_rule_shows_the_right_form(text: str) -> None:
         ("a:pattern=b", "pattern"),
     ],
 )
-def test_a_rule_with_a_bad_setting_names_it(text: str, part: str) -> None:
+def test_the_error_for_a_bad_setting_of_a_rule_names_it(text: str, part: str) -> None:
     with pytest.raises(SpecError) as error:
         Rule.parse(text)
-    told(error, part)
+    assert_message_has(error, part)
 
 
 def test_a_setting_given_twice_in_one_rule_is_refused() -> None:
@@ -134,7 +134,7 @@ def test_a_setting_given_twice_in_one_rule_is_refused() -> None:
         Rule.parse("layer4.*:m=0.5,m=0.25")
 
 
-def test_the_first_matching_rule_wins_and_keeps_the_rest() -> None:
+def test_the_first_matching_rule_wins_and_other_settings_stay() -> None:
     spec = LegoSpec(
         m=0.5, o=2, k=1, rules=["layer1.0.conv1:k=4", "layer1.*:m=0.25,o=4", "layer*:dtype=fp16"]
     )
@@ -154,7 +154,7 @@ def test_a_rule_can_switch_coefficients_off_and_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "named"),
+    ("pattern", "matched"),
     [
         ("fc", ["fc"]),
         ("layer1.0.conv1", ["layer1.0.conv1"]),
@@ -170,9 +170,9 @@ def test_a_rule_can_switch_coefficients_off_and_on() -> None:
     ],
 )
 def test_patterns_are_names_globs_or_full_regular_expressions(
-    pattern: str, named: list[str]
+    pattern: str, matched: list[str]
 ) -> None:
-    assert [name for name in NAMES if matches(pattern, name)] == named
+    assert [name for name in NAMES if matches(pattern, name)] == matched
 
 
 def test_a_name_with_brackets_matches_itself() -> None:
@@ -180,8 +180,8 @@ def test_a_name_with_brackets_matches_itself() -> None:
     assert not matches("blocks[0].conv", "blocks[1].conv")
 
 
-def test_a_malformed_regular_expression_is_told() -> None:
-    with pytest.raises(PatternError, match=r"'re:layer\(' is no regular expression"):
+def test_a_malformed_regular_expression_is_refused() -> None:
+    with pytest.raises(PatternError, match=r"'re:layer\(' is not a regular expression"):
         matches("re:layer(", "layer1")
 
 
@@ -193,25 +193,29 @@ def test_a_malformed_regular_expression_is_told() -> None:
         (LegoSpec(skip=["layer1.0.conv9"]), "--skip"),
     ],
 )
-def test_a_pattern_that_matches_nothing_names_near_ones(spec: LegoSpec, option: str) -> None:
+def test_a_pattern_that_matches_nothing_is_refused_with_similar_names(
+    spec: LegoSpec, option: str
+) -> None:
     with pytest.raises(PatternError) as error:
         check_patterns(spec, NAMES)
-    told(error, option, "'layer1.0.conv9'", "6 layers", "'layer1.0.conv1'", "'layer1.0.conv2'")
+    assert_message_has(
+        error, option, "'layer1.0.conv9'", "6 layers", "'layer1.0.conv1'", "'layer1.0.conv2'"
+    )
     assert "'fc'" not in str(error.value)
 
 
-def test_a_pattern_unlike_any_name_still_shows_some() -> None:
+def test_a_pattern_unlike_all_names_is_refused_with_some_names() -> None:
     with pytest.raises(PatternError, match=r"'stem\.conv'"):
         check_patterns(LegoSpec(skip=["@@@"]), NAMES)
 
 
-def test_patterns_that_all_match_pass() -> None:
+def test_patterns_that_all_match_are_accepted() -> None:
     check_patterns(
         LegoSpec(rules=["layer*:k=2"], only=["re:.*conv1", "fc"], skip=["stem.*"]), NAMES
     )
 
 
-def test_names_exactly_is_of_rules_and_only_without_wildcards() -> None:
+def test_names_exactly_reads_rules_and_only_without_wildcards() -> None:
     spec = LegoSpec(
         rules=["stem.conv:k=2", "layer1.*:k=2"], only=["fc", "layer2.*"], skip=["layer2.0.conv1"]
     )

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.rivals.palette import PALETTE_BITS, Palette
 from legocompress.checkpoint.codec import encode
 from legocompress.models.probe import default_input
-from legocompress.report.macs import fvcore_macs
+from legocompress.report.macs import count_macs_with_fvcore
 
 HALVINGS = 12
 
@@ -28,7 +28,7 @@ def count_macs(network: nn.Module) -> int:
     """Multiply-accumulates of one image, by fvcore."""
     image = default_input(network)
     assert image is not None
-    counted = fvcore_macs(network, image)
+    counted = count_macs_with_fvcore(network, image)
     assert counted is not None
     return counted
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import click
 
 from legocompress.calibrate.calibration import EPOCHS
+from legocompress.errors import UsageError
 
 from .common import CommandT, combine_options, workers_option
 
@@ -40,6 +41,11 @@ calibration_options: Callable[[CommandT], CommandT] = combine_options(
             help="Labelled images to measure accuracy on before and after, not to calibrate on.",
         ),
         click.option(
+            "--class-map",
+            metavar="FILE",
+            help="Text file: the class folders of --labelled, in the order of the outputs.",
+        ),
+        click.option(
             "-b",
             "--batch-size",
             type=click.IntRange(1),
@@ -65,6 +71,7 @@ class CalibrationRequest:
         data_dir: root folder of a named data set.
         split: split of a named data set.
         labelled: labelled images to measure accuracy on, before and after.
+        class_map: file of the class folders of `labelled`, in the order of the outputs.
         seed: seed of everything random.
     """
 
@@ -77,10 +84,20 @@ class CalibrationRequest:
     data_dir: str | None
     split: str
     labelled: str | None
+    class_map: str | None
     seed: int
 
 
 def read_calibration(values: dict[str, Any]) -> dict[str, Any]:
-    """Take the calibration options out of a command's values, as fields of a request."""
-    names = ("images", "crops", "epochs", "batch_size", "workers", "data_dir", "split", "labelled")
-    return {name: values.pop(name) for name in names}
+    """Take the calibration options out of a command's values, as fields of a request.
+
+    Raises:
+        UsageError: a class map is given without labelled images.
+    """
+    names = {field.name for field in fields(CalibrationRequest)} & values.keys()
+    options = {name: values.pop(name) for name in names}
+    if options["class_map"] is not None and options["labelled"] is None:
+        raise UsageError(
+            "--class-map gives the order of the classes of --labelled; give --labelled DATA, too"
+        )
+    return options

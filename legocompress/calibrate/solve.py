@@ -30,20 +30,20 @@ def padded_filters(shape: UnitShape, unit: LegoUnit, bank: Tensor | None = None)
 
 
 def fit_unit(
-    shape: UnitShape, unit: LegoUnit, seen: Moments, held_out: Moments, seed: int
+    shape: UnitShape, unit: LegoUnit, moments: Moments, held_out: Moments, seed: int
 ) -> LegoUnit:
-    """Fit a unit of the same sizes to `seen`, and return the round that is best on `held_out`.
+    """Fit a unit of the same sizes to `moments`, and return the round that is best on `held_out`.
 
     It starts by clustering the best unconstrained filters in the mean metric of all splits. Then
     each round chooses the slots again, split by split, by matching pursuit in the exact metric, and
-    lowers the error over the bank by conjugate gradients. No step raises the error on `seen`. The
-    rounds end when the error on `held_out` no longer falls.
+    lowers the error over the bank by conjugate gradients. No step raises the error on `moments`.
+    The rounds end when the error on `held_out` no longer falls.
     """
     best, least = unit, held_out.error(padded_filters(shape, unit))
-    unit = _restart(unit, seen, seed)
+    unit = _restart(unit, moments, seed)
     previous = torch.inf
     for _ in range(ROUNDS):
-        unit = improve_bank(shape, improve_slots(shape, unit, seen), seen)
+        unit = improve_bank(shape, improve_slots(shape, unit, moments), moments)
         error = held_out.error(padded_filters(shape, unit))
         if error < least:
             best, least = unit, error
@@ -53,10 +53,10 @@ def fit_unit(
     return best
 
 
-def _restart(unit: LegoUnit, seen: Moments, seed: int) -> LegoUnit:
+def _restart(unit: LegoUnit, moments: Moments, seed: int) -> LegoUnit:
     o, n, k = unit.index.shape
-    rows = seen.solve().reshape(n, o, -1).transpose(0, 1).reshape(o * n, -1).double()
-    root = torch.linalg.cholesky(seen.mean_square(o))
+    rows = moments.solve().reshape(n, o, -1).transpose(0, 1).reshape(o * n, -1).double()
+    root = torch.linalg.cholesky(moments.mean_square(o))
     factors = cluster(
         (rows @ root).float(), len(unit.lego_filters), k, unit.coefficients is not None, seed
     )
@@ -66,16 +66,16 @@ def _restart(unit: LegoUnit, seen: Moments, seed: int) -> LegoUnit:
     return LegoUnit(bank.float(), factors.index.reshape(o, n, k), gains)
 
 
-def improve_slots(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
+def improve_slots(shape: UnitShape, unit: LegoUnit, moments: Moments) -> LegoUnit:
     """Choose Lego filters and coefficients of every slot again, all outputs of a split at once."""
     o, n, _ = unit.index.shape
     g, bank = shape.groups, unit.lego_filters
     index, signed = unit.index.clone(), unit.coefficients is not None
     gains = bank.new_ones(index.shape) if unit.coefficients is None else unit.coefficients.clone()
     filters = padded_filters(shape, unit).reshape(g, n // g, o, -1)
-    rest = seen.cross - seen.times(filters.flatten(2))
+    rest = moments.cross - moments.times(filters.flatten(2))
     for i in range(o):
-        square, old = seen.split_square(i, o), filters[:, :, i]
+        square, old = moments.split_square(i, o), filters[:, :, i]
         inner = (rest.reshape(filters.shape)[:, :, i] + old @ square) @ bank.T
         gram = bank @ square @ bank.T
         for group, rows in enumerate(torch.arange(n).tensor_split(g)):
@@ -87,7 +87,7 @@ def improve_slots(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
                 unit.coefficients is not None,
             )
         new = (bank[index[i]] * gains[i][..., None]).sum(1).reshape(old.shape)
-        rest = rest - seen.split_times(new - old, i, o)
+        rest = rest - moments.split_times(new - old, i, o)
     return LegoUnit(bank, index, gains if signed else None)
 
 
@@ -105,11 +105,11 @@ def _best_slots(
 def _gain(inner: Tensor, gram: Tensor, index: Tensor, gains: Tensor) -> Tensor:
     """How much the picks lower the squared error of each row."""
     among = gram[index[:, :, None], index[:, None, :]]
-    own = (among * gains[:, :, None] * gains[:, None, :]).sum((1, 2))
-    return 2 * (inner.gather(1, index) * gains).sum(1) - own
+    energy = (among * gains[:, :, None] * gains[:, None, :]).sum((1, 2))
+    return 2 * (inner.gather(1, index) * gains).sum(1) - energy
 
 
-def improve_bank(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
+def improve_bank(shape: UnitShape, unit: LegoUnit, moments: Moments) -> LegoUnit:
     """Lower the error over the bank by conjugate gradients.
 
     The block of a Lego filter in the Hessian is the sum of its squared coefficients times the
@@ -125,7 +125,7 @@ def improve_bank(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
     members, starts, _ = segments(slots, m)
     squares = unit.lego_filters.new_zeros(m).index_put_((slots,), gains.square(), accumulate=True)
     squares = torch.where(squares > 0, squares, 1.0)[:, None]
-    root = torch.linalg.cholesky(seen.mean_square(o))
+    root = torch.linalg.cholesky(moments.mean_square(o))
 
     def to_bank(filters: Tensor) -> Tensor:
         rows = filters.reshape(n, o, d).transpose(0, 1).reshape(o * n, d)
@@ -135,11 +135,11 @@ def improve_bank(shape: UnitShape, unit: LegoUnit, seen: Moments) -> LegoUnit:
         return torch.cholesky_solve((rows / squares).double().T, root).T.to(rows.dtype)
 
     bank = unit.lego_filters
-    residual = to_bank(seen.cross - seen.times(padded_filters(shape, unit)))
+    residual = to_bank(moments.cross - moments.times(padded_filters(shape, unit)))
     direction = solved = precondition(residual)
     energy = (residual * solved).sum()
     for _ in range(CONJUGATE_STEPS):
-        image = to_bank(seen.times(padded_filters(shape, unit, direction)))
+        image = to_bank(moments.times(padded_filters(shape, unit, direction)))
         curvature = (direction * image).sum()
         if not (curvature > 0 and energy > 0):
             break

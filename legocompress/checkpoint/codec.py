@@ -82,12 +82,12 @@ def scales_name(name: str) -> str:
 
 def list_unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of a state dict, each under its first name only."""
-    own: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    ids: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"the state {name!r} is a {type(tensor).__name__}, not a tensor")
-        if id(tensor) not in seen:
-            own[name] = tensor
-            seen.add(id(tensor))
-    return own
+        if id(tensor) not in ids:
+            tensors[name] = tensor
+            ids.add(id(tensor))
+    return tensors

@@ -135,19 +135,19 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
     """Turn layers of the dense model into Lego modules, and load the tensors of the file."""
     for name, layer in block.layers.items():
         _become_layer_(model, name, layer, file)
-    own = list_unique_tensors(model)
+    tensors = list_unique_tensors(model)
     scales = {
         scales_name(_join_name(name, "lego_filters"))
         for name, layer in block.layers.items()
         if layer.dtype == "int8"
     }
     stored = set(file.keys()) - scales
-    if stored != own.keys():
-        odd = sorted(stored ^ own.keys())[0]
+    if stored != tensors.keys():
+        odd = sorted(stored ^ tensors.keys())[0]
         state = "unknown" if odd in stored else "missing"
         raise CheckpointError(f"tensor {odd!r} is {state} in the file")
     legos = dict(lego_modules(model))
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = legos.get(owner)
         if module is not None and leaf == "index":
@@ -223,9 +223,9 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -
 def _check_shape(file: Any, name: str, shape: tuple[int, ...]) -> None:
     if name not in file.keys():  # noqa: SIM118 (no mapping)
         raise CheckpointError(f"tensor {name!r} is missing in the file")
-    found = tuple(file.get_slice(name).get_shape())
-    if found != shape:
-        raise CheckpointError(f"tensor {name!r} has shape {found} in the file, expected {shape}")
+    stored = tuple(file.get_slice(name).get_shape())
+    if stored != shape:
+        raise CheckpointError(f"tensor {name!r} has shape {stored} in the file, expected {shape}")
 
 
 def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fragments of a layer's filters -> Lego filters, the index that picks them, their coefficients."""
+"""Turn fragments of a layer's filters into Lego filters, an index and coefficients."""
 
 from legocompress.cluster.clustering import cluster, clusterings
 

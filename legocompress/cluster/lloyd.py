@@ -1,4 +1,4 @@
-"""One term a fragment: k-means and gain-shape k-means by Lloyd's algorithm, from a good start."""
+"""One term per fragment: k-means or gain-shape k-means by Lloyd's algorithm, from a good start."""
 
 import torch
 from torch import Tensor
@@ -9,52 +9,62 @@ from legocompress.cluster.state import (
     WIDE_CHUNK,
     State,
     assemble,
+    normalize_rows,
     one_thread,
     segment_sum,
     segments,
-    unit,
 )
 
-BLOCK = 4096  # fragments merged together: bounds time and the Gram matrix (64 MB in float32)
+BLOCK = 4096  # fragments that are merged together; limits the Gram matrix to 64 MB in float32
 LLOYD_ROUNDS = 10
-IMPROVEMENT = 2e-4  # stop where a round lowers the squared error by less than this share
+IMPROVEMENT = 2e-4  # stop once a round lowers the squared error by less than this share
 
 
-def start(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> Tensor:
-    """Return a bank (n_lego, d), block by block so that a Gram matrix stays small."""
+def initialize_bank(x: Tensor, n_lego: int, signed: bool, generator: torch.Generator) -> Tensor:
+    """Choose a bank (n_lego, d) to start from, by merging and exchanging fragments of `x` (N, d).
+
+    It is made block by block, so that the Gram matrix stays small: `generator` deals the fragments
+    into blocks, and each block makes its share of the bank.
+    """
     n_blocks = max(1, min(-(-len(x) // BLOCK), n_lego // 64))
     order = torch.randperm(len(x), generator=generator).to(x.device)
     sizes = torch.arange(n_lego).tensor_split(n_blocks)
-    banks = []
-    for ids, mine in zip(order.tensor_split(n_blocks), sizes, strict=True):
-        rows = x[ids[:BLOCK].sort().values]
-        energy = rows.square().sum(1)
-        # Rows this weak differ by rounding only; alike, they merge at once instead of one by one.
-        rows = torch.where((energy > 1e-12 * energy.mean())[:, None], rows, 0.0)
-        distinct, number = torch.unique(rows, dim=0, return_inverse=True)
-        gram = rows @ rows.T
-        if len(distinct) <= len(mine):
-            banks.append(
-                torch.cat([distinct, distinct.new_zeros(len(mine) - len(distinct), x.shape[1])])
-            )
-            continue
-        same = len(distinct) == len(rows)
-        small = gram if same else distinct @ distinct.T
-        with one_thread():
-            label, weight = merge(small, len(mine), signed)
-            if not same:
-                label, weight = label[number], weight[number]
-            label, weight = exchange(gram, label, weight, len(mine), signed)
-        banks.append(centres(rows, label, weight if signed else None, len(mine)))
+    banks = [
+        _cluster_block(x[ids[:BLOCK].sort().values], len(share), signed)
+        for ids, share in zip(order.tensor_split(n_blocks), sizes, strict=True)
+    ]
     return torch.cat(banks)
 
 
+def _cluster_block(rows: Tensor, n_lego: int, signed: bool) -> Tensor:
+    """Cluster one block of fragments (N, d) and return the centres (n_lego, d)."""
+    energy = rows.square().sum(1)
+    # Such weak rows differ only by rounding. As equal rows, they merge at once, not one by one.
+    rows = torch.where((energy > 1e-12 * energy.mean())[:, None], rows, 0.0)
+    distinct, copy_of = torch.unique(rows, dim=0, return_inverse=True)
+    gram = rows @ rows.T
+    if len(distinct) <= n_lego:
+        zeros = distinct.new_zeros(n_lego - len(distinct), rows.shape[1])
+        return torch.cat([distinct, zeros])
+    all_distinct = len(distinct) == len(rows)
+    merge_gram = gram if all_distinct else distinct @ distinct.T
+    with one_thread():
+        label, weight = merge(merge_gram, n_lego, signed)
+        if not all_distinct:
+            label, weight = label[copy_of], weight[copy_of]
+        label, weight = exchange(gram, label, weight, n_lego, signed)
+    return centres(rows, label, weight if signed else None, n_lego)
+
+
 def centres(x: Tensor, label: Tensor, gain: Tensor | None, n_lego: int) -> Tensor:
-    """Return each cluster's mean or, with gains, its direction as a unit vector (n_lego, d)."""
+    """Return the means of the clusters or, with gains (N,), their directions: (n_lego, d).
+
+    A direction has length one.
+    """
     members, starts, size = segments(label, n_lego)
     weight = torch.ones_like(x[:, 0]) if gain is None else gain
     total = segment_sum(x, members, starts, weight[members])
-    return total / size.clamp(min=1)[:, None] if gain is None else unit(total)
+    return total / size.clamp(min=1)[:, None] if gain is None else normalize_rows(total)
 
 
 def _assign(x: Tensor, bank: Tensor, signed: bool) -> State:
@@ -72,19 +82,19 @@ def _assign(x: Tensor, bank: Tensor, signed: bool) -> State:
 
 
 def reseed(x: Tensor, state: State, bank: Tensor, signed: bool) -> Tensor:
-    """Put the worst served fragments in place of Lego filters that no fragment uses."""
+    """Replace Lego filters that no fragment uses by the fragments with the largest errors."""
     unused = torch.bincount(state.index.flatten(), minlength=len(bank)) == 0
     if not bool(unused.any()):
         return bank
-    missing = (x - assemble(state)).square().sum(1)
-    worst = missing.topk(min(int(unused.sum()), len(x))).indices
+    error = (x - assemble(state)).square().sum(1)
+    worst = error.topk(min(int(unused.sum()), len(x))).indices
     bank = bank.clone()
-    bank[unused.nonzero()[: len(worst), 0]] = unit(x[worst]) if signed else x[worst]
+    bank[unused.nonzero()[: len(worst), 0]] = normalize_rows(x[worst]) if signed else x[worst]
     return bank
 
 
-def lloyd(x: Tensor, bank: Tensor, signed: bool) -> State:
-    """Alternate assignment and centres from `bank` (n_lego, d) while the error falls."""
+def run_lloyd(x: Tensor, bank: Tensor, signed: bool) -> State:
+    """Alternate assignment and centres, from `bank` (n_lego, d), while the error falls."""
     best = _assign(x, bank, signed)
     for _ in range(LLOYD_ROUNDS):
         gain = best.gain[:, 0] if signed else None

@@ -1,4 +1,4 @@
-"""A start for the bank: agglomerative clustering of fragments, from the bottom up."""
+"""Merge fragments into clusters from the bottom up (agglomerative clustering), as a start."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,19 @@ MERGE_ROUNDS = 64
 
 
 class _Merger:
-    """Agglomerative clustering in rounds: every pair of mutually nearest clusters merges at once.
+    """Agglomerative clustering in rounds: each round merges all pairs of mutually nearest clusters.
 
-    Plain form (Ward): a cluster has a `size`, `table` holds squared distances of the means.
-    Signed form: a cluster is its best rank-one fit, a vector v with energy |v|^2 as `size`; `table`
-    holds inner products; merging keeps the larger eigenvalue of the pair and loses the smaller.
+    Plain form (Ward): `size` counts the fragments of a cluster, and `table` holds the squared
+    distances of the means.
+
+    Signed form: a cluster is represented by its best rank-one fit, a vector v. `size` is its energy
+    |v|^2, and `table` holds inner products of the vectors. Merging a pair keeps the larger
+    eigenvalue of their Gram matrix; the smaller one is the error added.
+
+        label    (N,)  the cluster of each fragment
+        weight   (N,)  the share of each fragment in its cluster's vector
+        alive    (n,)  whether the cluster has not been merged into another
+        nearest  (n,)  the cluster that is cheapest to merge with, and `cost` what that adds
     """
 
     def __init__(self, gram: Tensor, signed: bool) -> None:
@@ -25,13 +33,16 @@ class _Merger:
         if not signed:
             self.table.mul_(-2).add_(energy).add_(energy[:, None]).clamp_(min=0)
         self.label = torch.arange(n, device=gram.device)
-        self.weight = torch.ones_like(energy)  # share of a fragment in its cluster's vector
+        self.weight = torch.ones_like(energy)
         self.alive = torch.ones_like(self.label, dtype=torch.bool)
         self.nearest = self.label.clone()
         self.cost = torch.full_like(energy, torch.inf)
 
-    def costs(self, rows: Tensor) -> Tensor:
-        """Error added by merging each of `rows` with every cluster, infinite where impossible."""
+    def compute_costs(self, rows: Tensor) -> Tensor:
+        """Compute the error added by merging each of `rows` with every cluster.
+
+        It is infinite for the cluster itself and for clusters that are not alive.
+        """
         table = self.table.index_select(0, rows)
         if self.signed:
             half = self.size / 2
@@ -45,20 +56,21 @@ class _Merger:
         return table.scatter_(1, rows[:, None], torch.inf)
 
     def find_nearest(self, rows: Tensor) -> None:
+        """Update `nearest` and `cost` of the clusters `rows`."""
         for part in torch.split(rows, max(1, CHUNK // len(self.table))):
-            self.cost[part], self.nearest[part] = self.costs(part).min(1)
+            self.cost[part], self.nearest[part] = self.compute_costs(part).min(1)
 
-    def pairs(self, at_most: int) -> Tensor:
+    def find_pairs(self, at_most: int) -> Tensor:
         """Return the lower partner of every pair of mutually nearest clusters, cheapest first."""
         ids = torch.arange(len(self.nearest), device=self.nearest.device)
         mutual = self.alive & (self.nearest[self.nearest] == ids) & (ids < self.nearest)
         first = mutual.nonzero()[:, 0]
-        if len(first) == 0:  # rounding can break a tie in a circle
+        if len(first) == 0:  # with ties, rounding can make the nearest clusters form a circle
             first = torch.where(self.alive, self.cost, torch.inf).argmin()[None]
         return first[self.cost[first].argsort(stable=True)[:at_most]]
 
     def merge(self, first: Tensor) -> Tensor:
-        """Merge each of `first` with its nearest; return whose nearest is now stale."""
+        """Merge each of `first` with its nearest; return clusters whose nearest is stale now."""
         second = self.nearest[first]
         product = self.table[first, second]
         if self.signed:
@@ -96,8 +108,8 @@ class _Merger:
         self.size, self.cost, self.alive = self.size[keep], self.cost[keep], self.alive[keep]
         return number
 
-    def drop(self, n_clusters: int) -> None:
-        """Keep the `n_clusters` that are dearest to merge; the others join the nearest of them."""
+    def drop_cheapest(self, n_clusters: int) -> None:
+        """Keep the `n_clusters` with the highest costs; the others join the nearest of them."""
         keep = torch.where(self.alive, self.cost, -torch.inf).topk(n_clusters).indices
         self.alive[:] = False
         self.alive[keep] = True
@@ -108,7 +120,10 @@ class _Merger:
 
 
 def merge(gram: Tensor, n_clusters: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return the cluster of every fragment (N,), numbered from 0, and its weight there (N,)."""
+    """Merge fragments with this Gram matrix (N, N) into `n_clusters`.
+
+    Returns the cluster of every fragment (N,), numbered from 0, and its weight there (N,).
+    """
     state = _Merger(gram, signed)
     left = len(gram)
     stale = torch.arange(left, device=gram.device)
@@ -116,13 +131,13 @@ def merge(gram: Tensor, n_clusters: int, signed: bool) -> tuple[Tensor, Tensor]:
         if left == n_clusters:
             break
         state.find_nearest(stale)
-        first = state.pairs(left - n_clusters)
+        first = state.find_pairs(left - n_clusters)
         stale = state.merge(first)
         left -= len(first)
         if left < 0.6 * len(state.table):
             stale = state.compact(state.alive.nonzero()[:, 0])[stale]
-    if left > n_clusters:  # only where fragments are nearly all alike
+    if left > n_clusters:  # only if nearly all fragments are alike
         state.find_nearest(stale)
-        state.drop(n_clusters)
+        state.drop_cheapest(n_clusters)
     state.compact(state.alive.nonzero()[:, 0])
     return state.label, state.weight

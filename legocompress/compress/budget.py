@@ -121,10 +121,10 @@ def _choose_measured_forms(
         for options, choice, row in zip(choices, chosen, base.layers.values(), strict=True):
             if choice.estimated and choice.shape is not None:
                 shape, spec = size_form(row, *read_settings(choice.shape))
-                found = cluster_forms(layers[row.name], row, [shape], seed)[shape]
-                options[options.index(choice)] = make_form(row, shape, spec, *found, False)
-    known = [[choice for choice in options if not choice.estimated] for options in choices]
-    return choose_forms(budget, base, known)
+                measured = cluster_forms(layers[row.name], row, [shape], seed)[shape]
+                options[options.index(choice)] = make_form(row, shape, spec, *measured, False)
+    measured_only = [[choice for choice in options if not choice.estimated] for options in choices]
+    return choose_forms(budget, base, measured_only)
 
 
 def _make_spec(spec: LegoSpec, base: Plan, chosen: Sequence[Form]) -> LegoSpec:

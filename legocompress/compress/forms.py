@@ -31,16 +31,16 @@ def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[
     choices = [Form(None, 0.0, row.dense_bits, row.dense_macs or 0)]
     n_out = row.weight_shape[0]
     for o in SPLITS:
-        for k, known in _cluster_all(layer, row, o, seed).items():
+        for k, clustered in _cluster_all(layer, row, o, seed).items():
             logs = _interpolate(
-                {n_lego: math.log(error) for n_lego, (error, _) in known.items()}, n_out
+                {n_lego: math.log(error) for n_lego, (error, _) in clustered.items()}, n_out
             )
-            shares = _interpolate({n_lego: used for n_lego, (_, used) in known.items()}, n_out)
+            shares = _interpolate({n_lego: used for n_lego, (_, used) in clustered.items()}, n_out)
             for n_lego, log in logs.items():
                 shape, spec = size_form(row, n_lego / n_out, o, k)
                 if explain_no_gain(shape, spec, row.dense_bits) is None:
                     share = min(max(shares[n_lego], 0.0), 1.0)
-                    estimated = share < 1 and n_lego not in known
+                    estimated = share < 1 and n_lego not in clustered
                     choices.append(make_form(row, shape, spec, math.exp(log), share, estimated))
     return choices
 
@@ -50,12 +50,12 @@ def _cluster_all(
 ) -> dict[int, dict[int, tuple[float, float]]]:
     """Cluster a layer at each k and each of `SHARES`: k -> n_lego -> result of `cluster_forms`."""
     assert row.spec is not None
-    found: dict[int, dict[int, tuple[float, float]]] = {
+    results: dict[int, dict[int, tuple[float, float]]] = {
         k: {} for k in sorted({max(1, row.spec.k // part) for part in TERM_DIVISORS})
     }
     for share in SHARES:
         shapes = {}
-        for k in found:
+        for k in results:
             shape, spec = size_form(row, share, o, k)
             # Where o does not divide the channels, the unit may get another of `SPLITS`.
             if shape.n_split != o or shape.n_fragments > MOST_FRAGMENTS:
@@ -64,8 +64,8 @@ def _cluster_all(
                 shapes[k] = shape
         clustered = cluster_forms(layer, row, list(dict.fromkeys(shapes.values())), seed)
         for k, shape in shapes.items():
-            found[k][shape.n_lego] = clustered[shape]
-    return found
+            results[k][shape.n_lego] = clustered[shape]
+    return results
 
 
 def size_form(row: LayerPlan, m: float, o: int, k: int) -> tuple[UnitShape, LegoSpec]:
@@ -89,14 +89,14 @@ def cluster_forms(
     Returns, for each shape, the squared relative error and the share of the Lego filters that the
     splits use.
     """
-    found: dict[UnitShape, tuple[float, float]] = {}
+    results: dict[UnitShape, tuple[float, float]] = {}
     if not shapes or row.spec is None:
-        return found
+        return results
     weight = dense_weight(layer, shapes[0])
     for shape, unit in zip(shapes, factorize_each(weight, shapes, row.spec, seed), strict=True):
         used = count_used_filters(shape, unit.index) / (shape.groups * shape.n_split * shape.n_lego)
-        found[shape] = max(relative_error(weight, assemble(shape, unit)) ** 2, TINY), used
-    return found
+        results[shape] = max(relative_error(weight, assemble(shape, unit)) ** 2, TINY), used
+    return results
 
 
 def make_form(
@@ -110,14 +110,14 @@ def make_form(
 def _interpolate(values: dict[int, float], n_out: int) -> dict[int, float]:
     """Interpolate values linearly over the number of Lego filters, and extrapolate above."""
     filled = dict(values)
-    known = sorted(values)
-    if len(known) < 2:
+    counts = sorted(values)
+    if len(counts) < 2:
         return filled
     for step in range(1, round(1 / STEP) + 1):
         n_lego = round(step * STEP * n_out)
-        if n_lego < known[0]:
+        if n_lego < counts[0]:
             continue
-        a, b = next((p for p in pairwise(known) if n_lego <= p[1]), (known[-2], known[-1]))
+        a, b = next((p for p in pairwise(counts) if n_lego <= p[1]), (counts[-2], counts[-1]))
         part = (n_lego - a) / (b - a)
         filled.setdefault(n_lego, (1 - part) * values[a] + part * values[b])
     return filled

@@ -51,9 +51,9 @@ def explain_no_gain(shape: UnitShape, spec: LegoSpec, dense_bits: int) -> str | 
 
 def check_splits(spec: LegoSpec, rows: Sequence[LayerPlan]) -> None:
     """Raise SpecError if `o` divides the input channels of none of the layers to convert."""
-    wanted = [r for r in rows if r.shape is not None and r.spec is not None]
-    if wanted and all(r.shape.channels % r.spec.o for r in wanted if r.shape and r.spec):
-        channels = sorted({r.shape.channels for r in wanted if r.shape})
+    converted = [r for r in rows if r.shape is not None and r.spec is not None]
+    if converted and all(r.shape.channels % r.spec.o for r in converted if r.shape and r.spec):
+        channels = sorted({r.shape.channels for r in converted if r.shape})
         good = [o for o in range(1, max(channels) + 1) if any(c % o == 0 for c in channels)][:8]
         raise SpecError(
             f"o={spec.o} divides the input channels of no layer (they are "

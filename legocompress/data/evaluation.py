@@ -61,8 +61,9 @@ def evaluate(
             if n_classes is not None and n_classes != y.shape[1]:
                 raise DataError(
                     f"the data has {n_classes} class folders and the network {y.shape[1]} outputs, "
-                    "so the folders' order cannot be the outputs'; give --class-map FILE, or "
-                    "measure agreement alone with --no-labels"
+                    "so the folders' order cannot be the outputs'; give --class-map FILE, which "
+                    "lists the folders of all outputs in their order (`evaluate --no-labels` "
+                    "measures agreement alone)"
                 )
             sums["images"] += len(images)
             known = labels != UNLABELLED

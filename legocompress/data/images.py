@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data import IterableImageDataset, create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from legocompress.data.datasets import UNLABELLED, Arrays, ImageFiles, NamedImages
+from legocompress.data.datasets import (
+    UNLABELLED,
+    Arrays,
+    Converter,
+    ImageFiles,
+    NamedImages,
+    StreamTransform,
+)
+from legocompress.data.folder import find_images
 from legocompress.data.loader import Loader
 from legocompress.errors import DataError
 
-IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 SCHEMES = ("torch", "hfds", "hfids", "tfds", "wds")  # the kinds of named data sets that timm knows
 
 
@@ -60,6 +67,10 @@ def open_images(
 ) -> Images:
     """Open images under the preprocessing that `model` carries in its `pretrained_cfg`.
 
+    Images become 8-bit RGB, or grey for a network of one channel: 16-bit integers are scaled and
+    transparent pixels are blended with white. The EXIF orientation is not applied, as in
+    torchvision and timm. In paths, `~` is the home folder.
+
     Args:
         where: a folder of images (with one sub-folder per class, or with none), an .npz file with
             `images` (N, H, W[, 3]) uint8 and optionally `labels` (N,), or a timm dataset name such
@@ -72,8 +83,12 @@ def open_images(
         transform: function of a PIL image that replaces the preprocessing.
 
     Raises:
-        DataError: there are no images, an image cannot be read, or the labels do not fit the model.
+        DataError: there are no images, an image cannot be read or has no defined range of values
+            (floating point), or the labels do not fit the model.
     """
+    where = os.path.expanduser(where)
+    data_dir = None if data_dir is None else os.path.expanduser(data_dir)
+    class_map = None if class_map is None else os.path.expanduser(class_map)
     own, mode = preprocessing(model)
     transform = own if transform is None else transform
     path = Path(where)
@@ -112,18 +127,13 @@ def _folder(
     path: Path, transform: Callable[..., Tensor], mode: str, class_map: str | None, labels: bool
 ) -> Images:
     order = None if class_map is None else _class_order(Path(class_map))
-    items, classes = find_images_and_targets(str(path), IMAGE_TYPES, class_to_idx=order)
-    if not items:
-        raise DataError(f"folder {str(path)!r} holds no images" + _outside(order, class_map))
+    items, classes = find_images(str(path), order, class_map)
     labelled = labels and (order is not None or len(classes) > 1)
     if not labelled:
         items = [(file, UNLABELLED) for file, _ in items]
     n_classes = len(classes) if labelled and order is None else None
-    return Images(ImageFiles(items, transform, mode), len(items), labelled, str(path), n_classes)
-
-
-def _outside(order: dict[str, int] | None, class_map: str | None) -> str:
-    return "" if order is None else f" in a sub-folder that {class_map!r} names"
+    files = ImageFiles(items, transform, Converter(str(path), mode))
+    return Images(files, len(items), labelled, str(path), n_classes)
 
 
 def _class_order(path: Path) -> dict[str, int]:
@@ -167,11 +177,9 @@ def _named(
     labels: bool,
 ) -> Images:
     try:
-        found: Any = create_dataset(name, root=data_dir, split=split, input_img_mode=mode)
-        dataset: Any = NamedImages(found, name, transform, mode)
-        if isinstance(found, IterableDataset):  # a stream, which has no positions to read at
-            dataset = found
-            dataset.transform = transform
+        found = create_named(name, data_dir, split, transform, mode)
+        is_stream = isinstance(found, IterableDataset)  # which has no positions to read at
+        dataset: Any = found if is_stream else NamedImages(found, name, transform, mode)
         size = len(found)
     # Each library behind these names has errors of its own.
     except Exception as error:
@@ -180,3 +188,31 @@ def _named(
             + " ".join(str(error).split())[:500]
         ) from error
     return Images(dataset, size, labels, name)
+
+
+def create_named(
+    name: str,
+    data_dir: str | None,
+    split: str,
+    transform: Callable[..., Any],
+    mode: str,
+    is_training: bool = False,
+) -> Any:
+    """Create a named data set of timm; if it is a stream, with conversion and transform.
+
+    Args:
+        name: as timm takes it.
+        data_dir: its root.
+        split: the split.
+        transform: function of a PIL image; only a stream gets it here.
+        mode: mode that a stream's images are converted to, RGB or L.
+        is_training: a stream shuffles.
+    """
+    # The readers of tfds make images of arrays of bytes, and need to know the mode.
+    reader_mode = mode if name.startswith("tfds/") else ""
+    dataset: Any = create_dataset(
+        name, root=data_dir, split=split, is_training=is_training, input_img_mode=reader_mode
+    )
+    if isinstance(dataset, IterableImageDataset):
+        dataset.transform = StreamTransform(Converter(name, mode), transform)
+    return dataset

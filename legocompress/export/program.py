@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,10 +271,10 @@ def export_program(
     for node in program.graph.nodes:  # traces of source lines, which are most of the file
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
+    buffer = io.BytesIO()  # on a full disk, torch's own file writer ends the whole process
+    torch.export.save(program, buffer)
     with write_atomically(target, force) as temporary:
-        with temporary.open("wb") as file:
-            torch.export.save(program, file)
-        size = temporary.stat().st_size
+        size = temporary.write_bytes(buffer.getbuffer())
         with torch.no_grad():
             found = torch.export.load(temporary).module()(images)
             absolute, relative = measure_differences(expected(images), found)

@@ -27,11 +27,15 @@ class RunFolder:
         self.path = path
 
     def start_run(self, args: dict[str, Any], force: bool) -> None:
-        """Start a run: write args.yaml, after removing an earlier run if `force` is given.
+        """Start a run: write args.yaml in place of an earlier run if `force` is given.
+
+        An earlier run is removed only after the new args.yaml is on the disk, so it survives a full
+        disk.
 
         Raises:
             OutputExistsError: the folder is not empty, and either `force` is not given or it does
                 not hold a run.
+            OutputError: the folder cannot be written.
         """
         holds_run = (self.path / ARGS).is_file()
         if self.path.exists() and any(self.path.iterdir() if self.path.is_dir() else [0]):
@@ -46,12 +50,12 @@ class RunFolder:
                     f"{str(self.path)!r} holds something other than a run, which --force does not "
                     "replace; choose another --out"
                 )
-            for name in (STATE, SUMMARY, ARGS):
+        with write_atomically(self.path / ARGS, force) as file:
+            file.write_text(yaml.safe_dump(args, sort_keys=False))
+            for name in (STATE, SUMMARY):
                 (self.path / name).unlink(missing_ok=True)
             for name in (BEST, LAST):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-        with write_atomically(self.path / ARGS) as file:
-            file.write_text(yaml.safe_dump(args, sort_keys=False))
 
     def remove_unfinished_files(self) -> None:
         """Remove the temporary files that a killed run was writing when it died."""

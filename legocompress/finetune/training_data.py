@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import create_dataset
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from legocompress.data.datasets import Arrays
-from legocompress.data.images import Images, open_images, preprocessing
+from legocompress.data.images import Images, create_named, open_images, preprocessing
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.idx_files import has_idx_files, read_idx_split
 from legocompress.finetune.recipe import Data, Recipe
@@ -39,6 +39,7 @@ def open_training(model: nn.Module, recipe: Recipe, data_dir: str) -> tuple[Imag
         UsageError: the recipe's loss reads labels and there are none, or the hold-out set does not
             fit the data.
     """
+    data_dir = os.path.expanduser(data_dir)
     data = recipe.data
     train = _open_split(model, data, data_dir, "train")
     if data.holdout:
@@ -115,12 +116,8 @@ def _open_named(model: nn.Module, name: str, data_dir: str, split: str, training
         return images
     # A stream shuffles by itself, but only one that is created for training.
     transform, mode = preprocessing(model)
-    stream: Any = images.dataset
-    if training:
-        stream = create_dataset(
-            name, root=data_dir, split=split, is_training=True, input_img_mode=mode
-        )
-    stream.transform = _keep_pil if training else transform
+    stream_transform = _keep_pil if training else transform
+    stream = create_named(name, data_dir, split, stream_transform, mode, training)
     return replace(images, dataset=stream)
 
 

@@ -98,7 +98,7 @@ def split_transform_merge(
 
 
 def build_slot_table(shape: UnitShape, unit: LegoUnit, batch: int) -> tuple[Tensor, Tensor | None]:
-    """Build, for `merge_by_table`, the table: which rows of the intermediate map each output sums, and the weights.
+    """Build the table for `merge_by_table`: which rows of the intermediate map each output sums.
 
     The map is (batch*g*o*m, H'*W'). Returns two tensors (batch*n, o*k): row numbers, and weights,
     which are None in the binary form.
@@ -125,7 +125,7 @@ def merge_by_table(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Tensor:
-    """Compute `split_transform_merge` with one embedding_bag over `build_slot_table` as the merge."""
+    """Compute `split_transform_merge` with one embedding_bag as the merge."""
     missing = shape.n_split * shape.width - shape.channels
     if missing:
         x = F.pad(x.reshape(-1, shape.channels, *x.shape[2:]), (0, 0, 0, 0, 0, missing))

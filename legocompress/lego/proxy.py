@@ -35,8 +35,8 @@ def start_proxy(shape: UnitShape, unit: LegoUnit) -> Tensor:
     ones = torch.ones_like(slots, dtype=bank.dtype) if gains is None else gains
     gram = bank @ bank.T
     energy = gram.diagonal()
-    own = 0.5 * ones.square() * energy[slots]
-    weakest = own.argmin(1, keepdim=True)
+    held = 0.5 * ones.square() * energy[slots]
+    weakest = held.argmin(1, keepdim=True)
     alike = ones.gather(1, weakest) * gram[slots.gather(1, weakest)[:, 0]]
     enter = (
         torch.ones_like(alike)
@@ -45,8 +45,8 @@ def start_proxy(shape: UnitShape, unit: LegoUnit) -> Tensor:
     )
     proxy = enter * alike - 0.5 * enter.square() * energy
     rivals = proxy.scatter(1, slots, -torch.inf).amax(1, keepdim=True)
-    margin = MARGIN * torch.maximum(own.amax(1, keepdim=True), rivals.abs()).clamp(min=1e-20)
-    return proxy.scatter(1, slots, torch.maximum(own, rivals) + margin).reshape(
+    margin = MARGIN * torch.maximum(held.amax(1, keepdim=True), rivals.abs()).clamp(min=1e-20)
+    return proxy.scatter(1, slots, torch.maximum(held, rivals) + margin).reshape(
         shape.n_split, shape.n_out, shape.n_lego
     )
 
@@ -103,14 +103,14 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        bank, own, slots, gains = ctx.saved_tensors
+        bank, held, slots, gains = ctx.saved_tensors
         inner = grad @ bank.T
         d_bank = torch.zeros_like(bank)
         for t in range(slots.shape[1]):
             d_bank.index_add_(0, slots[:, t], grad if gains is None else grad * gains[:, t : t + 1])
         if gains is None:
             return d_bank, inner, None, None
-        enter = _entering_coefficients(bank, slots, gains, own.argmin(1, keepdim=True))
+        enter = _entering_coefficients(bank, slots, gains, held.argmin(1, keepdim=True))
         return d_bank, inner * enter.scatter_(1, slots, gains), None, inner.gather(1, slots)
 
 

@@ -67,8 +67,8 @@ def create(
     Args:
         name: `resnet50` (timm's where both have it), `timm/NAME`, `torchvision/NAME`,
             `hf-hub:USER/REPO`, or `local-dir:FOLDER`.
-        weights: a state dict file (safetensors, or torch loaded with weights_only) instead of the
-            library's own weights.
+        weights: a file (safetensors, or torch loaded with weights_only) that is or contains a state
+            dict of the network, instead of the library's own weights; see `load_weights_`.
         pretrained: load the library's weights; False leaves them random, by `seed`.
         num_classes: outputs of the classifier, where not the architecture's default.
         in_chans: channels of the image (timm only).
@@ -91,7 +91,7 @@ def create(
     _check_args(source)
     for what, least in (("num_classes", 0), ("in_chans", 1)):
         if given.get(what, least) < least:
-            raise UsageError(f"{what}={given[what]} is not allowed; it must be at least {least}")
+            raise UsageError(f"{what}={given[what]} cannot be used; it must be at least {least}")
     check_preprocessing(preprocess or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -156,12 +156,15 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
     try:
         if source.library == "timm":
             origin = name if cfg is not None else source.architecture
-            found = None
+            pretrained_cfg = None
             if cfg is not None and cfg.get("source") == "local-dir":
                 # Pass the file itself: older timm reads safetensors in a folder as pickle.
-                origin, found = source.architecture, {**cfg, "source": "", "file": _weights_in(cfg)}
+                origin, pretrained_cfg = (
+                    source.architecture,
+                    {**cfg, "source": "", "file": _weights_in(cfg)},
+                )
             return timm.create_model(  # type: ignore[no-any-return]
-                origin, pretrained=True, pretrained_cfg=found, **source.model_args
+                origin, pretrained=True, pretrained_cfg=pretrained_cfg, **source.model_args
             )
         if source.architecture.partition("_")[0] in FROZEN_NORMS:
             raise WeightsError(
@@ -173,8 +176,8 @@ def _download(name: str, source: Source, cfg: dict[str, Any] | None) -> nn.Modul
         entry = torchvision.models.get_model_weights(source.architecture).DEFAULT
         with redirect_stdout(StringIO()):  # torch prints to stdout, where our JSON goes
             state = entry.get_state_dict(progress=False, check_hash=True)
-        kept = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
-        load_state_(model, kept, f"torchvision's {entry}")
+        main_state = {k: v for k, v in state.items() if k.partition(".")[0] not in AUXILIARY}
+        load_state_(model, main_state, f"torchvision's {entry}")
         return model
     except LegoError:
         raise

@@ -40,21 +40,21 @@ def resolve(name: str) -> tuple[Source, dict[str, Any] | None]:
             "torchvision/NAME, hf-hub:USER/REPO, local-dir:FOLDER, or the path of a folder"
         )
     for candidate in ("timm", "torchvision"):
-        known = list_names(candidate)
-        if library in ("", candidate) and short.partition(".")[0] in known:
+        names = list_names(candidate)
+        if library in ("", candidate) and short.partition(".")[0] in names:
             return Source(candidate, short, default_args(candidate, short)), None
-    known = (
+    names = (
         list_names(library)
         if library
         else sorted({*list_names("timm"), *list_names("torchvision")})
     )
-    raise ModelNameError(explain_unknown_name(short, known))
+    raise ModelNameError(explain_unknown_name(short, names))
 
 
 def list_names(library: str) -> list[str]:
     """The architectures that a library knows."""
-    found: list[str] = timm.list_models() if library == "timm" else torchvision.models.list_models()
-    return found
+    names: list[str] = timm.list_models() if library == "timm" else torchvision.models.list_models()
+    return names
 
 
 def explain_unknown_name(name: str, names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Numbers about a network: sizes and costs, latency, and speed against the dense network."""
+"""Measure a network: sizes and costs, latency, and speed against the dense network."""
 
 from legocompress.report.measurement import measure
 from legocompress.report.results import Report

@@ -18,71 +18,72 @@ from legocompress.report.results import Latency
 def time_routes(
     model: nn.Module, baseline: nn.Module | None, image: Tensor, repeats: int
 ) -> list[Latency]:
-    """Time the routes of a converted network against its baseline, where there is one."""
+    """Time the routes of a converted network, and the baseline first if there is one.
+
+    The routes and the assembled weights of the Lego layers are as before afterwards.
+    """
 
     def run(route: Route) -> None:
         for _, module in lego_modules(model):
             module.route = route if route in module.routes() else "assemble"
         model(image)
 
+    forms: dict[str, Callable[[], object]] = {
+        "assembled": lambda: run("assemble"),
+        "reference": lambda: run("reference"),
+    }
+    if baseline is not None:
+        forms = {"dense": lambda: baseline(image), **forms}
     before = [(module, module.route, module.frozen_weight) for _, module in lego_modules(model)]
     try:
-        return _timed(model, baseline, image, repeats, run)
+        with evaluating(model), evaluating(model if baseline is None else baseline):
+            freeze_(model)
+            return time_forms(forms, image, repeats)
     finally:
-        for module, before_route, frozen in before:
-            module.route, module.frozen_weight = before_route, frozen
+        for module, route, frozen_weight in before:
+            module.route, module.frozen_weight = route, frozen_weight
 
 
-def _timed(
-    model: nn.Module,
-    baseline: nn.Module | None,
-    image: Tensor,
-    repeats: int,
-    run: Callable[[Route], None],
-) -> list[Latency]:
-    with evaluating(model), evaluating(model if baseline is None else baseline):
-        freeze_(model)
-        forms: dict[str, Callable[[], object]] = {
-            "assembled": lambda: run("assemble"),
-            "reference": lambda: run("reference"),
-        }
-        if baseline is not None:
-            forms = {"dense": lambda: baseline(image), **forms}
-        return latency(forms, image, repeats)
-
-
-def latency(
+def time_forms(
     forms: dict[str, Callable[[], object]], example_input: Tensor, repeats: int
 ) -> list[Latency]:
-    """Time forms of a network against the first of them, in interleaved runs after one warm-up.
+    """Time forms of a network in interleaved runs, after one untimed round to warm up.
 
-    `ratio` is the median over rounds of first / form, so above 1 is faster than the first.
+    `ratio` is the median over the rounds of (time of the first form / time of this form), so a
+    form with a ratio above 1 is faster than the first.
+
+    Args:
+        forms: what runs each form, by its name.
+        example_input: the input that all of them run on; its device, batch and dtype are reported.
+        repeats: the timed rounds, at least one.
     """
-    cuda = example_input.device.type == "cuda"
-    taken: dict[str, list[float]] = {name: [] for name in forms}
+    is_cuda = example_input.device.type == "cuda"
+    times_ms: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(repeats + 1):
         for name, form in forms.items():
             start = time.perf_counter()
             form()
-            if cuda:
+            if is_cuda:
                 torch.cuda.synchronize()
-            if turn:
-                taken[name].append(1e3 * (time.perf_counter() - start))
-    first = taken[next(iter(forms))]
-    found = []
-    for name, times in taken.items():
-        low, middle, high = statistics.quantiles(times, n=4) if repeats > 1 else times * 3
-        found.append(
-            Latency(
-                form=name,
-                median_ms=middle,
-                quartiles_ms=(low, high),
-                ratio=statistics.median(a / b for a, b in zip(first, times, strict=True)),
-                device=str(example_input.device),
-                threads=torch.get_num_threads(),
-                batch=example_input.shape[0],
-                dtype=str(example_input.dtype).removeprefix("torch."),
-                repeats=repeats,
-            )
-        )
-    return found
+            if turn:  # turn 0 warms up
+                times_ms[name].append(1e3 * (time.perf_counter() - start))
+    first = times_ms[next(iter(forms))]
+    return [_summarize(name, times, first, example_input) for name, times in times_ms.items()]
+
+
+def _summarize(
+    form: str, times_ms: list[float], first_ms: list[float], example_input: Tensor
+) -> Latency:
+    """Reduce the times of one form to median, quartiles and ratio to the first form."""
+    low, median, high = statistics.quantiles(times_ms, n=4) if len(times_ms) > 1 else times_ms * 3
+    return Latency(
+        form=form,
+        median_ms=median,
+        quartiles_ms=(low, high),
+        ratio=statistics.median(a / b for a, b in zip(first_ms, times_ms, strict=True)),
+        device=str(example_input.device),
+        threads=torch.get_num_threads(),
+        batch=example_input.shape[0],
+        dtype=str(example_input.dtype).removeprefix("torch."),
+        repeats=len(times_ms),
+    )

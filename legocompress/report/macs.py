@@ -1,4 +1,4 @@
-"""Count multiply-accumulates with fvcore."""
+"""Count multiply-accumulates (MACs) with fvcore."""
 
 from __future__ import annotations
 
@@ -16,41 +16,45 @@ from legocompress.models.probe import evaluating
 
 
 def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
-    """Handles for fvcore's FlopCountAnalysis: the merge costs one MAC a gathered value.
+    """Handles for fvcore's FlopCountAnalysis that count the merge: one MAC per gathered value.
 
-    Pass to `set_op_handle(**fvcore_handles())`. The transform is a plain conv, which fvcore counts.
+    Pass them as `set_op_handle(**fvcore_handles())`. The transform is a plain conv, which fvcore
+    counts by itself.
     """
 
-    def gathered(inputs: list[Any], outputs: list[Any]) -> int:
+    def count_gathered(inputs: list[Any], outputs: list[Any]) -> int:
         sizes = outputs[0].type().sizes()
-        if sizes is None or len(sizes) != 4:  # a gather of Lego filters, not of maps
+        if sizes is None or len(sizes) != 4:  # it gathers Lego filters, not feature maps
             return 0
         return int(torch.Size(sizes).numel())
 
-    return {"aten::index_select": gathered}
+    return {"aten::index_select": count_gathered}
 
 
-def fvcore_macs(model: nn.Module, example_input: Tensor) -> int | None:
-    """MACs of all convs and Linears by fvcore's own count, each Lego layer by its cheaper form.
+def count_macs_with_fvcore(model: nn.Module, example_input: Tensor) -> int | None:
+    """Count the MACs of all convs and Linears with fvcore, each Lego layer on its cheaper route.
 
-    None where the network cannot be traced, as fvcore needs.
+    Returns None if the network cannot be traced, since fvcore counts on a trace.
     """
-    with evaluating(model), cheapest_routes(model):
+    with evaluating(model), use_cheapest_routes(model):
         analysis = FlopCountAnalysis(model, example_input)
         analysis.set_op_handle(**fvcore_handles())
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.tracer_warnings("none")
         try:
             counts = analysis.by_operator()
-        # Tracing runs the network's own code on values it may refuse; there is then no count.
+        # Tracing runs the network's own code, which may fail in any way; then there is no count.
         except Exception:
             return None
     return int(sum(counts[kind] for kind in ("conv", "linear", "addmm", "index_select")))
 
 
 @contextmanager
-def cheapest_routes(model: nn.Module) -> Iterator[None]:
-    """Run each Lego layer by its form of fewest MACs; weights of the others are assembled once."""
+def use_cheapest_routes(model: nn.Module) -> Iterator[None]:
+    """Run each Lego layer on the route with the fewest MACs; restore the routes at the end.
+
+    A layer on the route "assemble" is frozen, so that its weight is assembled only once.
+    """
     before = [(module, module.route, module.frozen_weight) for _, module in lego_modules(model)]
     for module, _, _ in before:
         shape = module.lego_shape
@@ -62,6 +66,5 @@ def cheapest_routes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, route, frozen in before:
-            module.route = route
-            module.frozen_weight = frozen
+        for module, route, frozen_weight in before:
+            module.route, module.frozen_weight = route, frozen_weight

@@ -1,4 +1,4 @@
-"""Measure a network: params, bits, bytes, MACs and latency."""
+"""Measure a network: parameters, bits, bytes, MACs and latency."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from legocompress.lego.costs import (
 )
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.checks import check_network
-from legocompress.models.probe import WEIGHT_LAYERS, default_input, probe
+from legocompress.models.probe import WEIGHT_LAYERS, Calls, default_input, probe
 from legocompress.report.latency import time_routes
-from legocompress.report.macs import fvcore_macs
+from legocompress.report.macs import count_macs_with_fvcore
 from legocompress.report.results import Latency, LayerReport, Report
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
@@ -35,13 +35,13 @@ def measure(
     path: str | Path | None = None,
     repeats: int = 0,
 ) -> Report:
-    """Measure a network, converted or dense.
+    """Measure a network, converted or dense: parameters, bits, bytes, MACs and latency.
 
     Args:
-        model: the network; it is put into eval mode for the while.
-        baseline: the original, for latency side by side.
-        example_input: (N, c, H, W) or a tuple of arguments; by default as `plan` takes it.
-        path: its folder on disk, for the stored bytes.
+        model: the network; it is in eval mode while it is measured.
+        baseline: the original network, to compare the latency with.
+        example_input: (N, c, H, W) or a tuple of arguments; the default is that of `plan`.
+        path: the network's folder on disk, for the stored bytes.
         repeats: timed runs of each form; 0 times nothing.
 
     Raises:
@@ -49,35 +49,51 @@ def measure(
     """
     check_network(model)
     calls, input_shape, note = probe(model, example_input)
+    rows = _layer_rows(model, calls)
+    stored_bytes = None if path is None else _folder_bytes(Path(path))
+    image = example_input if isinstance(example_input, Tensor) else default_input(model)
+    is_converted = any(True for _ in lego_modules(model))
+    fvcore_macs = None
+    if image is not None and note is None:
+        fvcore_macs = count_macs_with_fvcore(model, image)
+    latency: tuple[Latency, ...] = ()
+    if repeats and image is not None and is_converted:
+        latency = tuple(time_routes(model, baseline, image, repeats))
+    return Report(rows, stored_bytes, fvcore_macs, input_shape, note, latency)
+
+
+def _layer_rows(model: nn.Module, calls: dict[nn.Module, Calls]) -> tuple[LayerReport, ...]:
+    """Report each layer in the order in which the layers run, then all other parameters in a row.
+
+    A layer whose weight an earlier row has counted (shared weights) gets no row.
+    """
     record = lego_state(model).conversion
     skipped = record.skipped if isinstance(record, ConversionRecord) else {}
-    found: list[tuple[str, nn.Module]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)
-    ]
-    found.sort(key=lambda pair: calls[pair[1]].order if pair[1] in calls else len(found))
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
+    layers.sort(key=lambda pair: calls[pair[1]].order if pair[1] in calls else len(layers))
     rows = []
-    covered: set[int] = set()
-    for name, layer in found:
-        pixels = calls[layer].pixels if layer in calls else None
-        own = [p for n, p in layer.named_parameters(recurse=False) if n != "bias"]
-        if any(id(p) in covered for p in own):
+    counted: set[int] = set()
+    for name, layer in layers:
+        weights = _weights(layer)
+        if any(id(weight) in counted for weight in weights):
             continue
-        covered.update(id(p) for p in own)
+        counted.update(id(weight) for weight in weights)
+        pixels = calls[layer].pixels if layer in calls else None
         if isinstance(layer, LegoModule):
             rows.append(_lego_row(name, layer, pixels))
         else:
             rows.append(_dense_row(name, layer, pixels, skipped.get(name)))
-    rows.append(_other_row([p for p in model.parameters() if id(p) not in covered]))
-    stored = None
-    if path is not None:
-        stored = sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
-    image = example_input if isinstance(example_input, Tensor) else default_input(model)
-    converted = any(True for _ in lego_modules(model))
-    counted = fvcore_macs(model, image) if image is not None and note is None else None
-    times: tuple[Latency, ...] = ()
-    if repeats and image is not None and converted:
-        times = tuple(time_routes(model, baseline, image, repeats))
-    return Report(tuple(rows), stored, counted, input_shape, note, times)
+    rows.append(_other_row([p for p in model.parameters() if id(p) not in counted]))
+    return tuple(rows)
+
+
+def _weights(layer: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of the layer itself, without the bias."""
+    return [p for name, p in layer.named_parameters(recurse=False) if name != "bias"]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
@@ -85,15 +101,15 @@ def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
     has_coefficients = layer.coefficients is not None
     memory_bits = 8 * layer.lego_filters.element_size()
     coefficient_bits = STORAGE_BITS[layer.coefficients_dtype] if has_coefficients else 0
-    stored = layer.storage_dtype
-    bits = lego_bits(shape, STORAGE_BITS[stored], coefficient_bits, SCALE_BITS.get(stored, 0))
+    storage = layer.storage_dtype
+    bits = lego_bits(shape, STORAGE_BITS[storage], coefficient_bits, SCALE_BITS.get(storage, 0))
     dense = dense_params(shape)
-    macs = used = None
+    macs = macs_used_only = None
     if pixels is not None:
         filter_size = shape.n_filter_values // shape.n_lego
         macs = min(dense * pixels, lego_macs(shape, pixels))
         transform = count_used_filters(shape, layer.index) * filter_size
-        used = min(dense, transform + shape.n_slots) * pixels
+        macs_used_only = min(dense, transform + shape.n_slots) * pixels
     return LayerReport(
         name=name,
         type_name=type(layer).__name__,
@@ -107,7 +123,7 @@ def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
         bits=bits,
         dense_macs=None if pixels is None else dense * pixels,
         macs=macs,
-        macs_used_only=used,
+        macs_used_only=macs_used_only,
         fewer_filters=shape.n_lego <= shape.n_out,
         fewer_bits=bits <= dense * memory_bits,
         weight_error=layer.weight_error,
@@ -116,21 +132,55 @@ def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
 
 
 def _dense_row(name: str, layer: nn.Module, pixels: int | None, reason: str | None) -> LayerReport:
-    own = [p for n, p in layer.named_parameters(recurse=False) if n != "bias"]
-    size = sum(p.numel() for p in own)
-    bits = sum(8 * p.numel() * p.element_size() for p in own)
-    experts = int(getattr(layer, "num_experts", 1))
-    macs = None if pixels is None else pixels * (size // experts)
+    weights = _weights(layer)
+    params, bits = _count(weights)
+    # A CondConv2d mixes its experts into one weight of their size, and applies only that.
+    macs = None if pixels is None else pixels * (params // int(getattr(layer, "num_experts", 1)))
     return LayerReport(
-        name, type(layer).__name__, tuple(own[0].shape) if own else (), None, None, None,
-        size, size, bits, bits, macs, macs, macs, None, None, None, reason or "dense",
-    )  # fmt: skip
+        name=name,
+        type_name=type(layer).__name__,
+        weight_shape=tuple(weights[0].shape) if weights else (),
+        n_lego=None,
+        n_split=None,
+        n_terms=None,
+        dense_params=params,
+        params=params,
+        dense_bits=bits,
+        bits=bits,
+        dense_macs=macs,
+        macs=macs,
+        macs_used_only=macs,
+        fewer_filters=None,
+        fewer_bits=None,
+        weight_error=None,
+        reason=reason or "dense",
+    )
 
 
-def _other_row(others: list[nn.Parameter]) -> LayerReport:
-    size = sum(p.numel() for p in others)
-    bits = sum(8 * p.numel() * p.element_size() for p in others)
+def _other_row(parameters: list[nn.Parameter]) -> LayerReport:
+    params, bits = _count(parameters)
     return LayerReport(
-        "(other)", "norms, biases", (), None, None, None,
-        size, size, bits, bits, None, None, None, None, None, None, "norms, biases",
-    )  # fmt: skip
+        name="(other)",
+        type_name="norms, biases",
+        weight_shape=(),
+        n_lego=None,
+        n_split=None,
+        n_terms=None,
+        dense_params=params,
+        params=params,
+        dense_bits=bits,
+        bits=bits,
+        dense_macs=None,
+        macs=None,
+        macs_used_only=None,
+        fewer_filters=None,
+        fewer_bits=None,
+        weight_error=None,
+        reason="norms, biases",
+    )
+
+
+def _count(parameters: list[nn.Parameter]) -> tuple[int, int]:
+    """Count the values of some parameters, and their bits in memory."""
+    params = sum(p.numel() for p in parameters)
+    return params, sum(8 * p.numel() * p.element_size() for p in parameters)

@@ -1,4 +1,4 @@
-"""The results of a measurement, as values."""
+"""The values that a measurement returns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer (or, named '(other)', all that is no layer): what it was and what it is.
+    """Sizes and costs of one layer, before (`dense_*`) and after conversion.
 
-    Bits are ideal ones. `macs` is by the cheaper of the merge and the dense form, and
-    `macs_used_only` by a merge that skips the Lego filters that a split never names.
-    `fewer_filters` is m' <= n and `fewer_bits` is |G| + |B| <= |F|; both None where dense.
+    The row named '(other)' sums all parameters outside of such layers: norms and biases. Bits are
+    ideal: each index takes ceil(log2 m') bits. Costs are None for a layer that did not run.
+
+        macs            MACs of the Lego form or of the dense form, whichever has fewer
+        macs_used_only  the same, if the Lego form skips Lego filters that a split never uses
+        fewer_filters   m' <= n: no more Lego filters than output channels; None if dense
+        fewer_bits      |G| + |B| <= |F|: no more bits than the dense weight; None if dense
+        weight_error    ||F - F'|| / ||F|| of the converted weight F'; None if dense or unknown
+        reason          why the layer is not converted; None if it is
     """
 
     name: str
@@ -37,7 +43,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median and quartiles of interleaved runs of one form, with the conditions they hold under."""
+    """Median and quartiles of one form's interleaved runs, and the conditions of the measurement.
+
+    `ratio` is the time of the first form over the time of this one: above 1 is faster.
+    """
 
     form: str
     median_ms: float
@@ -52,7 +61,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Report:
-    """What a converted network is, layer by layer; the rows sum to the totals."""
+    """The measurement of a network, one row per layer; the rows sum to the totals.
+
+    `stored_bytes` are those of the folder on disk, `fvcore_macs` is fvcore's count of the MACs,
+    `note` tells why the network could not be run. Each is None if there is nothing to tell.
+    """
 
     rows: tuple[LayerReport, ...]
     stored_bytes: int | None
@@ -62,23 +75,23 @@ class Report:
     latency: tuple[Latency, ...] = ()
 
     def total(self, column: str) -> int:
-        """Sum of a column over all rows; layers that did not run count as nothing."""
+        """Sum a column over all rows; None counts as 0 (the MACs of a layer that did not run)."""
         return sum(getattr(row, column) or 0 for row in self.rows)
 
     @property
     def speedup(self) -> float | None:
-        """Theoretical speedup of the whole network: dense over Lego multiply-accumulates."""
+        """Theoretical speedup of the whole network: dense MACs / MACs now; None without MACs."""
         macs = self.total("macs")
         return self.total("dense_macs") / macs if macs else None
 
     @property
     def weight_error(self) -> float | None:
-        """Relative error ||F - F'|| / ||F|| over all converted layers, each weighing the same."""
+        """Root mean square of the converted layers' weight errors; None if there are none."""
         errors = [row.weight_error for row in self.rows if row.weight_error is not None]
         return statistics.fmean(e**2 for e in errors) ** 0.5 if errors else None
 
     def totals(self) -> dict[str, Any]:
-        """The whole network's numbers, as the command line prints them."""
+        """The numbers of the whole network, as the command line prints them."""
         columns = [
             "dense_params",
             "params",
@@ -97,5 +110,5 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """All fields and the totals, as plain JSON values."""
         return {**asdict(self), "totals": self.totals()}

@@ -1,4 +1,4 @@
-"""A compressed network against the dense one in its strongest forms, in interleaved runs."""
+"""Time a compressed network against the dense one in its strongest forms, in interleaved runs."""
 
 from __future__ import annotations
 
@@ -20,23 +20,25 @@ from legocompress.models.checks import check_network
 from legocompress.models.probe import default_input
 from legocompress.models.source import source_of
 from legocompress.report.measurement import measure
-from legocompress.report.memory import peak_bytes
-from legocompress.report.results import LayerReport
-from legocompress.report.rivals import AGAINST, Against, Form, rivals
+from legocompress.report.memory import measure_peak_bytes
+from legocompress.report.results import LayerReport, Report
+from legocompress.report.rivals import AGAINST, RIVALS, Against, Form, build_rivals
 from legocompress.state.model_state import lego_state
 
 LEGO = "lego"
-# The threads of a form keep spinning after it, on the cores of the next form.
+# After a form has run, its threads keep spinning for a while on the cores that the next form needs.
+# So each form runs untimed for this long before it is timed.
 COOL_DOWN_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class FormTime:
-    """One form's interleaved runs.
+    """The times of one form.
 
-    `ratio` is the median of the strongest dense form over this one's, above 1 where this one is
-    faster; `spread` the distance of the quartiles over the median; `peak_bytes` how far one run
-    raises the memory of the process.
+    ratio       median time of the strongest dense form / median time of this form;
+                above 1 this form is faster
+    spread      (upper quartile - lower quartile) / median
+    peak_bytes  by how much one run raises the memory of the process; None if unknown
     """
 
     form: str
@@ -49,10 +51,11 @@ class FormTime:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One deployed Lego layer: the route it took, and the best dense form of the same layer.
+    """The times of one deployed Lego layer on its route and in its fastest dense form.
 
-    `ratio` is dense over Lego time; `bound` and `bound_used` are the ratios of multiply-accumulates
-    with all Lego filters and with those that are used.
+    ratio       dense_ms / ms
+    bound       the ratio in theory: dense MACs / Lego MACs
+    bound_used  the same, if Lego filters that a split does not use are skipped
     """
 
     name: str
@@ -66,7 +69,12 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """All forms at one batch size and number of threads."""
+    """The times of all forms at one batch size and number of threads.
+
+    `rounds` is how often each form was timed, and `clock` what they were timed with. `strongest`
+    names the fastest dense form. `bound` and `bound_used` are as in `LayerTime`, but for the whole
+    network. `left_out` gives the reason for each form that could not run.
+    """
 
     batch: int
     threads: int
@@ -86,11 +94,11 @@ class BenchmarkRun:
 
     @property
     def ratio(self) -> float:
-        """How many times faster the compressed network is than the strongest dense form."""
+        """How many times as fast the compressed network is as the strongest dense form."""
         return next(form.ratio for form in self.forms if form.form == LEGO)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
+        """All fields and the ratio, as plain JSON values."""
         return {**asdict(self), "ratio": self.ratio}
 
 
@@ -107,19 +115,21 @@ def benchmark(
 ) -> BenchmarkRun:
     """Deploy a compressed network and time it against the dense network with the same weights.
 
-    All forms run in this process, in turns, on the same random images and number of threads. At one
-    thread CPU time is form_times, which other processes cannot spoil, else wall clock.
+    All forms run in this process, in turns, on the same random images and number of threads. With
+    one thread, CPU time is measured, because other processes do not disturb it; with more threads,
+    wall-clock time.
 
     Args:
-        model: a converted network on the CPU; it is deployed for the batch and threads.
-        batch: images a run.
-        threads: of the CPU; by default those that torch has now. Torch gets its own number back.
+        model: a converted network on the CPU; it is deployed for this batch and thread count.
+        batch: images per run.
+        threads: CPU threads; by default torch's current number, which is restored at the end.
         against: groups of rivals, see `legocompress.report.rivals`.
         rounds: timed runs of each form.
-        seconds: no further round starts once the timing has form_times this much.
-        image: one image (1, c, H, W) for the size; by default as the configuration names it.
-        also: makes further forms of the compressed network, (name, what runs it), for the images;
-            they are timed too, and never form_times for the strongest dense form.
+        seconds: once the timing has taken this long, no further round starts.
+        image: one image (1, c, H, W) that gives the size; the default is the size in the network's
+            configuration.
+        also: builds further forms of the compressed network for the images, as pairs (name, what
+            runs it). They are timed too, but never count as the strongest dense form.
         on_form: called with the name of each form before it is built.
 
     Raises:
@@ -133,17 +143,18 @@ def benchmark(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads or before)
-        return _benchmark(model, _images(sample, batch), against, rounds, seconds, also, on_form)
+        x = _random_images(sample, batch)
+        return _run_benchmark(model, x, against, rounds, seconds, also, on_form)
     finally:
         torch.set_num_threads(before)
 
 
-def _images(sample: Tensor, batch: int) -> Tensor:
+def _random_images(sample: Tensor, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.rand(batch, *sample.shape[1:], generator=generator).to(sample.dtype)
 
 
-def _benchmark(
+def _run_benchmark(
     model: nn.Module,
     x: Tensor,
     against: tuple[Against, ...],
@@ -152,11 +163,8 @@ def _benchmark(
     also: Callable[[nn.Module, Tensor], Iterator[tuple[str, Form]]] | None,
     on_form: Callable[[str], None] | None,
 ) -> BenchmarkRun:
-    def told(name: str) -> None:
-        if on_form is not None:
-            on_form(name)
-
-    told(LEGO)
+    announce = on_form or (lambda name: None)
+    announce(LEGO)
     architecture = source_of(model).architecture
     dense = to_dense(model).eval()
     theory = measure(model, example_input=x)
@@ -164,21 +172,34 @@ def _benchmark(
         extra = dict(also(undeploy_(model), x)) if also is not None else {}
     deploy_(model, x, remeasure=True)
     deployment: Deployment = lego_state(model).deployment  # type: ignore[assignment]
-    forms: dict[str, Form] = {LEGO: lambda: model(x), **extra}
-    left_out = {}
-    for name, form in rivals(dense, architecture, x, against, told):
+    rivals: dict[str, Form] = {}
+    left_out: dict[str, str] = {}
+    for name, form in build_rivals(dense, architecture, x, against, announce):
         if isinstance(form, str):
             left_out[name] = form
         else:
-            forms[name] = form
+            rivals[name] = form
+    forms: dict[str, Form] = {LEGO: lambda: model(x), **extra, **rivals}
     with torch.no_grad():
         cool_down = cool_down_seconds(x.device, COOL_DOWN_SECONDS)
         form_times = time_interleaved(
             forms, x.device, rounds, seconds, warm=True, cool_down=cool_down
         )
-        peaks = {name: _peak(name, form) for name, form in forms.items()}
+        peaks = {name: _measure_peak(name, form) for name, form in forms.items()}
+    return _summarize_run(x, theory, deployment, form_times, peaks, list(rivals), left_out)
+
+
+def _summarize_run(
+    x: Tensor,
+    theory: Report,
+    deployment: Deployment,
+    form_times: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    rival_names: list[str],
+    left_out: dict[str, str],
+) -> BenchmarkRun:
+    """Reduce the `form_times` (seconds, by form) to the figures of the report."""
     medians = {name: statistics.median(times) for name, times in form_times.items()}
-    rival_names = [name for name in forms if name != LEGO and name not in extra]
     strongest = min(rival_names or [LEGO], key=lambda name: medians[name])
     totals = theory.totals()
     machine = deployment.choices.machine
@@ -200,40 +221,47 @@ def _benchmark(
         ),
         left_out=left_out,
         layers=tuple(_layer_times(deployment, theory.rows)),
-        notes=(*deployment.notes, *_kernel_note()),
+        notes=(*deployment.notes, *_kernel_notes()),
     )
 
 
-def _kernel_note() -> tuple[str, ...]:
+def _kernel_notes() -> tuple[str, ...]:
     why = kernels.why_unavailable()
     return () if why is None else (f"the fused kernel is missing: {why}",)
 
 
-def _peak(name: str, form: Callable[[], object]) -> int | None:
-    """The peak of forms whose memory PyTorch gives back; the others keep an arena of their own."""
-    return None if name in ("ONNX Runtime", "OpenVINO") else peak_bytes(form)
+def _measure_peak(name: str, form: Callable[[], object]) -> int | None:
+    """Measure the peak memory of a form, unless its runtime keeps memory from run to run."""
+    if any(rival.keeps_memory for rival in RIVALS if rival.name == name):
+        return None
+    return measure_peak_bytes(form)
 
 
 def _form_time(name: str, times: list[float], strongest: float, peak: int | None) -> FormTime:
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    """Reduce the times of one form; all times are in seconds."""
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return FormTime(
         form=name,
-        median_ms=1e3 * middle,
+        median_ms=1e3 * median,
         quartiles_ms=(1e3 * low, 1e3 * high),
-        ratio=strongest / middle,
-        spread=(high - low) / middle,
+        ratio=strongest / median,
+        spread=(high - low) / median,
         peak_bytes=peak,
     )
 
 
 def _layer_times(deployment: Deployment, rows: tuple[LayerReport, ...]) -> Iterator[LayerTime]:
-    """The Lego layers that were timed, each against its own best dense form."""
+    """Yield the times of the Lego layers that `deploy_` has timed.
+
+    A layer that runs several times is timed as 'name', 'name#2' and so on.
+    """
     choices = deployment.choices
     theory = {row.name: row for row in rows if row.n_lego is not None and row.macs}
     for name, times in deployment.milliseconds.items():
         row = theory.get(name.partition("#")[0])
         if row is None:
             continue
+        # Formats are chosen per traced graph; the layer is in the innermost one that contains it.
         graphs = [g for g in choices.formats if not g or name == g or name.startswith(f"{g}.")]
         route, layout = choices.routes[name], choices.formats[max(graphs, key=len)]
         ms = times[f"{route}, {layout}"]

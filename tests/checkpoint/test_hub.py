@@ -79,6 +79,8 @@ def test_a_network_that_is_not_compressed_is_left_to_the_library(
 def test_what_cannot_be_had_is_told(model: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config.json on the hub, or the hub cannot be"):
         lego.load("hf-hub:somebody/else")
+    with pytest.raises(CheckpointError, match=r"no config.json on the hub, or the hub cannot be"):
+        lego.load(f"{REPO}@v2")  # the cache has another revision only
     with pytest.raises(UsageError, match="not of the form hf-hub:USER/REPO"):
         lego.load("hf-hub:no/such/name")
     with pytest.raises(WeightsError, match="no model configuration"):
@@ -94,6 +96,8 @@ def test_what_cannot_be_had_is_told(model: Any, tmp_path: Path) -> None:
     [
         (ConnectionError("no route\nat all"), "cannot be fetched: no route"),
         (TimeoutError(), "cannot be fetched: TimeoutError"),
+        (OSError(28, "No space left on device"), "cannot be fetched: .*No space left"),
+        (PermissionError(13, "Permission denied"), "cannot be fetched: .*Permission denied"),
     ],
 )
 def test_errors_of_the_network_are_one_sentence(
@@ -106,3 +110,14 @@ def test_errors_of_the_network_are_one_sentence(
     with pytest.raises(CheckpointError, match=match) as caught:
         lego.load(REPO)
     assert "\n" not in str(caught.value)
+
+
+def test_a_read_only_cache_is_enough(model: Any, tmp_path: Path) -> None:
+    places = [path for path in (tmp_path / "hub").rglob("*") if path.is_dir()]
+    for place in places:
+        place.chmod(0o555)
+    try:
+        assert torch.equal(lego.load(REPO).state_dict()["fc.bias"], model.state_dict()["fc.bias"])
+    finally:
+        for place in places:
+            place.chmod(0o755)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import errno
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 import legocompress as lego
+from legocompress import files
 from legocompress.errors import (
     CheckpointError,
     OutputError,
@@ -124,3 +128,55 @@ def test_the_output_is_told_where_it_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         lego.save(small(), tmp_path / "file" / "inside")
     assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("file", ["tensors", "config"])
+def test_a_disk_that_is_full_at_either_file_keeps_the_old_folder(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    lego.save(model, tmp_path / "a")
+    before = digest(tmp_path)
+    write_text = Path.write_text
+
+    def fail_tensors(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def fail_text(path: Path, text: str, *_: Any) -> int:
+        write_text(path, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if file == "tensors":
+        monkeypatch.setattr(files, "save_file", fail_tensors)
+    else:
+        monkeypatch.setattr(Path, "write_text", fail_text)
+    for target, force in ((tmp_path / "a", True), (tmp_path / "b", False)):
+        with pytest.raises(OutputError, match="no space left to write"):
+            lego.save(model, target, force=force)
+    assert digest(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_read_only_folder_loads_and_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    lego.save(small(), place / "a")
+    before = digest(place)
+
+    def refuse(*_: Any, **__: Any) -> None:  # chmod alone does not stop root
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    (place / "a").chmod(0o555)
+    place.chmod(0o555)
+    try:
+        model = lego.load(place / "a")
+        for target in (place / "a", place / "b"):
+            with pytest.raises(OutputError, match=r"cannot write '.*/[ab]': .*Permission denied"):
+                lego.save(model, target, force=True)
+        assert digest(place) == before
+    finally:
+        place.chmod(0o755)
+        (place / "a").chmod(0o755)

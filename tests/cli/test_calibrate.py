@@ -51,6 +51,58 @@ def test_calibration_measures_accuracy_on_labelled_images(
     check_error(run(*words, "--labelled", PHOTOS, "--out", tmp_path / "other"), 2, "no labels")
 
 
+def write_three_classes(folder: Path) -> list[Path]:
+    """Write 30 test images of the classes 2, 5 and 9, and a map of all ten classes."""
+    with np.load(SAMPLE) as file:
+        pixels, labels = file["images"], file["labels"]
+    for label in (2, 5, 9):
+        # The order of the folders is not that of the classes.
+        place = folder / "three" / f"{9 - label}-class"
+        place.mkdir(parents=True)
+        for position in np.flatnonzero(labels == label)[:10]:
+            Image.fromarray(pixels[position]).save(place / f"{position}.png")
+    class_map = folder / "classes.txt"
+    class_map.write_text("".join(f"{9 - label}-class\n" for label in range(10)))
+    return [folder / "three", class_map]
+
+
+@pytest.mark.slow
+def test_labelled_images_of_three_of_ten_classes(
+    run: Run, tmp_path: Path, compressed_folder: Path
+) -> None:
+    labelled, class_map = write_three_classes(tmp_path)
+    options = ["--images", 20, "--epochs", 0, "--labelled", labelled, "--class-map", class_map]
+    ran = run("calibrate", compressed_folder, "--data", PHOTOS, "--out", "a", "--json", *options)
+    assert (ran.code, ran.err) == (0, "")
+    accuracies = [json.loads(ran.out)["accuracy"]]
+    words = ["convert", DENSE, "--only", "layer1.*", "--calibrate", PHOTOS, "--out", "b", "--json"]
+    ran = run(*words, *options)
+    assert (ran.code, ran.err) == (0, "")
+    accuracies.append(json.loads(ran.out)["calibration"]["accuracy"])
+    for accuracy, folder in zip(accuracies, ("a", "b"), strict=True):
+        assert accuracy["images"] == 30
+        for name, network in (("original", DENSE), ("after", folder)):
+            check = ["evaluate", network, "--data", labelled, "--class-map", class_map, "--json"]
+            assert accuracy[name] == pytest.approx(json.loads(run(*check).out)["top1"])
+        assert accuracy["original"] > 60
+
+
+def test_a_class_map_is_needed_for_three_of_ten_classes(
+    run: Run, tmp_path: Path, compressed_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled, class_map = write_three_classes(tmp_path)
+    monkeypatch.setattr(lego, "convert_", lambda *args: pytest.fail("converted before the check"))
+    for words in (
+        ["calibrate", compressed_folder, "--data", PHOTOS],
+        ["convert", DENSE, "--calibrate", PHOTOS],
+    ):
+        ran = run(*words, "--out", tmp_path / "out", "--labelled", labelled)
+        check_error(ran, 1, "3 class folders and the network 10 outputs", "give --class-map FILE")
+        ran = run(*words, "--out", tmp_path / "out", "--class-map", class_map)
+        check_error(ran, 2, "--class-map gives the order", "give --labelled DATA")
+    assert {path.name for path in tmp_path.iterdir()} == {"three", "classes.txt"}
+
+
 @pytest.mark.slow
 def test_convert_can_calibrate(run: Run, tmp_path: Path) -> None:
     words = ["convert", DENSE, "--images", 20, "--epochs", 0, "--only", "layer1.*", "--json"]

@@ -133,7 +133,7 @@ def test_budgets_that_cannot_be_used(run: Run, words: list[object], message: str
         ([DENSE, "--o", "7"], 2, "values that divide some"),
         ([DENSE, "--skip", "no_such.*"], 2, "--skip pattern 'no_such.*' matches none"),
         ([DENSE, "--only", "no_such"], 2, "--only"),
-        ([DENSE, "--only", "re:("], 2, "no regular expression"),
+        ([DENSE, "--only", "re:("], 2, "not a regular expression"),
         ([DENSE, "--rule", "no_such:m=0.5"], 2, "--rule"),
         ([DENSE, "--rule", "layer1"], 2, "PATTERN:key=value"),
         ([DENSE, "--rule", "layer1.*:q=1"], 2, "q"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle  # a hostile file, and the format of CIFAR-10
 import random
 import subprocess
@@ -158,13 +159,65 @@ def test_every_kind_of_image_becomes_colour(tmp_path: Path, mode: str) -> None:
     source = Image.new("L", (8, 8), 255)
     suffix = "jpg" if mode == "CMYK" else "png"
     if mode == "I;16":
-        source = Image.fromarray(np.full((8, 8), 255, np.uint16))
+        source = Image.fromarray(np.full((8, 8), 65535, np.uint16))
     else:
         source = source.convert("RGB").convert(mode)
     (tmp_path / "i").mkdir()
     source.save(tmp_path / "i" / f"x.{suffix}")
     x, _ = tensors(lego.open_images(str(tmp_path / "i"), model()))
     torch.testing.assert_close(x, normalised((255, 255, 255)).reshape(1, 3, 1, 1).expand_as(x))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_floating_point_is_refused_by_name(tmp_path: Path, workers: int) -> None:
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "x.tif")
+    images = lego.open_images(str(tmp_path), model())
+    with pytest.raises(DataError, match=r"^image '.*x.tif' has mode F .*; save it with 8 or 16"):
+        tensors(images, 1, workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_transparent_images_are_logged_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
+    for number in range(4):
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / f"{number}.png")
+    images = lego.open_images(str(tmp_path), model())
+    handler = logging.StreamHandler()
+    logging.getLogger("legocompress").addHandler(handler)
+    try:
+        for _ in range(2):
+            # One batch: readers that start together may both log.
+            x, _ = tensors(images, 4, workers)
+    finally:
+        logging.getLogger("legocompress").removeHandler(handler)
+    torch.testing.assert_close(x[0], normalised((255,) * 3).reshape(3, 1, 1).expand(3, 8, 8))
+    assert capfd.readouterr().err.count("have transparent pixels, which are blended") == 1
+
+
+def test_a_tilde_is_the_home_folder(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "order.txt").write_text("c\nb\na\ndeep\n")
+    images = lego.open_images("~/classes", model(), class_map="~/order.txt")
+    assert (images.name, tensors(images)[1]) == (str(classes), [2, 1, 1, 3])
+    named = lego.open_images("torch/image_folder", model(), data_dir="~/classes")
+    assert named.size == 4
+
+
+def test_a_named_folder_of_16_bits(tmp_path: Path) -> None:
+    """torchvision's own loader would clip them to white."""
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((8, 8), 51 * 257, np.uint16)).save(tmp_path / "a" / "x.png")
+    named = lego.open_images("torch/image_folder", model(), data_dir=str(tmp_path))
+    x, labels = tensors(named)
+    torch.testing.assert_close(x, normalised((51, 51, 51)).reshape(1, 3, 1, 1).expand_as(x))
+    assert labels == [0]
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "a" / "x.tif")
+    named = lego.open_images("torch/image_folder", model(), data_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"image 1 \(.*x.tif\) of data set 'torch/.*' has mode F"):
+        tensors(named)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ import inspect
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import legocompress as lego
 from tests.support.deploying import X, deployed, relative, runs_by_graph
@@ -82,3 +83,29 @@ def test_a_hook_that_comes_later_is_heard() -> None:
     assert runs_by_graph(model)
     totals = lego.measure(model, example_input=X).totals()
     assert totals["dense_macs"] > totals["macs"] > 0
+
+
+class Features(Dataset[Tensor]):
+    """A data set that computes its items with a network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return len(X)
+
+    @torch.no_grad()
+    def __getitem__(self, number: int) -> Tensor:
+        output: Tensor = self.model(X[number : number + 1])
+        return output[0]
+
+
+# A forked process runs the graph; a spawned one gets a pickled copy, which runs its own code.
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_loader_process_may_hold_a_deployed_network(start: str) -> None:
+    model, expected = deployed()
+    loader = DataLoader(
+        Features(model), len(X), num_workers=1, multiprocessing_context=start, timeout=120
+    )
+    assert relative(expected, next(iter(loader))) < 1e-5
+    assert runs_by_graph(model)

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress import kernels
-from legocompress.errors import ExportError, KernelError, OutputExistsError, UsageError
+from legocompress.errors import (
+    ExportError,
+    KernelError,
+    OutputError,
+    OutputExistsError,
+    UsageError,
+)
 from legocompress.export.program import (
     StoredUnit,
     build_reference,
@@ -25,6 +31,7 @@ from legocompress.export.program import (
     measure_differences,
     trace_program,
 )
+from tests.support.disks import full_disk
 
 SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 
@@ -259,3 +266,16 @@ def test_a_wrong_export_is_not_written() -> None:
         with pytest.raises(ExportError, match="nothing was written"):
             check_agrees("the program", bad)
     check_agrees("the program", 1e-5)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_and_keeps_the_old_file(tmp_path: Path) -> None:
+    """torch's own writer would end the process here, since its destructor throws."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    lego.convert_(net, lego.plan(net, lego.LegoSpec(allow_expansion=True), torch.zeros(1, 3, 9, 9)))
+    target = tmp_path / "a.pt2"
+    target.write_bytes(b"old")
+    with full_disk(500), pytest.raises(OutputError, match="no space left to write"):
+        lego.export_program(net, target, force=True, example_input=torch.zeros(1, 3, 9, 9))
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]

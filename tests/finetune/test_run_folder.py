@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,10 @@ from legocompress.errors import (
 )
 from legocompress.finetune.epoch import Epoch
 from legocompress.finetune.loop import finetune_
+from legocompress.finetune.run_folder import RunFolder
+from tests.support.disks import full_disk
 from tests.support.finetuning import compute_outputs, train
+from tests.support.folders import digest
 from tests.support.tiny import compressed, recipe
 
 ONE_FROZEN_EPOCH = [{"epochs": 1, "indices": "frozen"}]
@@ -70,17 +70,28 @@ def test_a_damaged_state_is_reported(images: Path, tmp_path: Path) -> None:
             train(compressed(), images, {"stages": ONE_EPOCH}, out=out, resume=True)
 
 
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """Files of more than `limit` bytes cannot be written."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        signal.signal(signal.SIGXFSZ, handler)
+def test_a_full_disk_changes_no_file_of_a_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    folder = RunFolder(out)
+    folder.start_run({"lr": 1.0}, force=False)
+    folder.save_state({"step": 1})
+    row = {"epoch": 0, "train": {"loss": 1.0}, "eval": {"top1": 2.0}, "lr": 0.1}
+    folder.write_summary([row])
+    (out / "best").mkdir()
+    (out / "best" / "config.json").write_text("{}")
+    before = digest(out)
+    writes: list[Callable[[], None]] = [
+        lambda: folder.start_run({"lr": 2.0}, force=True),
+        lambda: folder.save_state({"step": 2}),
+        lambda: folder.write_summary([row, row]),
+    ]
+    for write in writes:
+        with full_disk(0), pytest.raises(OutputError, match="no space left"):
+            write()
+        assert digest(out) == before
+    folder.start_run({"lr": 2.0}, force=True)
+    assert [path.name for path in out.iterdir()] == ["args.yaml"]
+    assert yaml.safe_load((out / "args.yaml").read_text()) == {"lr": 2.0}
 
 
 @pytest.mark.parametrize("limit", [2_000, 30_000])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from timm.data import ImageDataset
+import torch
+from PIL import Image
+from timm.data import ImageDataset, IterableImageDataset
 from torch import nn
 
 import legocompress as lego
 from legocompress.data.datasets import NamedImages
+from legocompress.data.images import preprocessing
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.training_data import open_training
 from tests.support.finetuning import write_grey_image
@@ -74,6 +78,49 @@ def test_a_corrupt_image_of_a_named_set_is_named(model: nn.Module, tmp_path: Pat
     assert [named[place][1] for place in (0, 5)] == [0, 1]
     with pytest.raises(DataError, match=r"image 8 \(.*b/7\.png\) of data set 'hfds/mine'"):
         named[8]
+
+
+def test_16_bits_train_and_validate_alike(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for split in ("train", "val"):
+        for name in "ab":
+            path = tmp_path / "data" / split / name / "x.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((16, 16), 51 * 257, np.uint16)).save(path)
+    train, validation = open_training(model, recipe(data={}), "~/data")
+    dataset: Any = train.dataset
+    assert np.asarray(dataset[0][0]).tolist() == [[51] * 16] * 16
+    transform = preprocessing(model)[0]
+    dataset = validation.dataset
+    assert torch.equal(dataset[1][0], transform(Image.new("L", (16, 16), 51)))
+
+
+def test_a_stream_is_converted_before_its_transform(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reader:
+        def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+            yield Image.fromarray(np.full((16, 16), 51 * 257, np.uint16)), 1
+            yield Image.fromarray(np.zeros((16, 16), np.float32)), 0
+
+        def __len__(self) -> int:
+            return 2
+
+    def create(*args: Any, **kwargs: Any) -> IterableImageDataset:
+        assert kwargs["input_img_mode"] == ""  # timm's reader would clip
+        return IterableImageDataset("", reader=Reader())
+
+    monkeypatch.setattr("legocompress.data.images.create_dataset", create)
+    train, validation = open_training(model, recipe(data={"dataset": "wds/mine"}), "")
+    stream: Any = iter(train.dataset)  # type: ignore[call-overload]
+    image, label = next(stream)
+    assert (image.mode, image.getpixel((0, 0)), label) == ("L", 51, 1)
+    stream = iter(validation.dataset)  # type: ignore[call-overload]
+    assert torch.equal(next(stream)[0], preprocessing(model)[0](image))
+    with pytest.raises(DataError, match="image of data set 'wds/mine' has mode F"):
+        next(stream)
 
 
 def test_cifar10_opens_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
