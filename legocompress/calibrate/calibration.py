@@ -29,6 +29,8 @@ from legocompress.calibrate.journal import Journal, hash_states, hash_tensors
 from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, write_unit_
 from legocompress.errors import ConversionError, DataError
 from legocompress.lego.module import lego_modules
+from legocompress.models.checks import check_network
+from legocompress.models.in_place import explain_in_place
 from legocompress.models.probe import evaluating
 from legocompress.state.calibration import Calibration, LayerRepair
 from legocompress.state.model_state import lego_state
@@ -109,9 +111,13 @@ def calibrate_(
         on_batch: called with the number of batches done, and of all batches, in step 3.
 
     Raises:
+        UsageError: a network is wrapped, compiled or scripted, or holds a lazy layer.
         ConversionError: the original lacks a layer of the model.
+        TrainingError: the network changes a value in place that the gradient of step 3 needs.
         DataError: there are fewer than ten images, or a network refuses them.
     """
+    check_network(model)
+    check_network(original)
     names = {name for name, _ in original.named_modules()}
     missing = [name for name, _ in lego_modules(model) if name not in names]
     if missing:
@@ -157,7 +163,8 @@ def calibrate_(
             for _, layer in lego_modules(model):
                 write_unit_(layer, read_unit(layer))  # as the storage types hold the values
 
-        tuned = epochs > 0 and _keep_if_better(model, judge, tune)
+        with explain_in_place("; epochs=0 (--epochs 0) repairs the layers without this tuning"):
+            tuned = epochs > 0 and _keep_if_better(model, judge, tune)
         record = Calibration(
             images=len(images),
             sha256=sha256,

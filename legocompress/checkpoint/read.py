@@ -33,6 +33,7 @@ from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import TORCH_DTYPES, dequantize_filters
 from legocompress.lego.surgery import become_lego_, guard_fusing_
 from legocompress.lego.unit import LegoUnit
+from legocompress.models.checks import check_network
 from legocompress.models.factory import create
 from legocompress.models.probe import model_cfg
 from legocompress.spec import LegoSpec
@@ -53,8 +54,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             becomes the compressed network in place.
 
     Raises:
+        UsageError: `model` is wrapped, compiled or scripted, or holds a lazy layer.
         CheckpointError: the folder is missing, damaged, contradictory, or of a newer format.
     """
+    if model is not None:
+        check_network(model)
     folder = local_folder(path)
     config, block = read_config(folder)
     source = Source(

@@ -23,6 +23,7 @@ from legocompress.checkpoint.config import (
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, UsageError
 from legocompress.files import check_free, write_atomically, write_tensors
 from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.models.checks import check_network
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
 from legocompress.state.conversion import ConversionRecord
@@ -44,11 +45,13 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         force: replace an existing folder.
 
     Raises:
+        UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
         CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt
             from its source.
         OutputExistsError: the folder exists and `force` is not given, or it holds other files.
         OutputError: it cannot be written.
     """
+    check_network(model)
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
     if not layers:
         raise CheckpointError("the model holds no Lego module; convert it before saving")

@@ -11,7 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from legocompress.compress.convert import select_planned_layers, summarise_reasons
+from legocompress.compress.convert import (
+    fuse_for_plan,
+    select_planned_layers,
+    summarise_reasons,
+)
 from legocompress.compress.forms import (
     SHARES,
     cluster_forms,
@@ -24,7 +28,6 @@ from legocompress.compress.plan_types import Plan
 from legocompress.compress.planning import plan
 from legocompress.compress.prices import Form, choose_forms
 from legocompress.errors import PlanError, SpecError
-from legocompress.models.reparameterization import fused_copy
 from legocompress.spec import LegoSpec, Rule
 
 CORRECTIONS = 8  # rounds that replace estimated costs; then only measured forms are chosen from
@@ -65,7 +68,8 @@ def allocate(
             sets m or o.
         PlanError: no layer can be converted, the model is converted already, or it could not be run
             to count its MACs.
-        ConversionError: a layer's weights hold NaN or infinity.
+        UsageError: the model is wrapped, compiled or scripted.
+        ConversionError: a layer's weights hold NaN or infinity, or are on the meta device.
     """
     spec = LegoSpec() if spec is None else spec
     budget = _check_budget(spec, {"max_size": max_size, "max_macs": max_macs})
@@ -75,7 +79,7 @@ def allocate(
         raise PlanError(f"no layer can be converted: {summarise_reasons(base)}")
     if max_macs is not None and not base.dense_macs:
         raise PlanError(f"max_macs cannot be met, since the MACs could not be counted: {base.note}")
-    layers = select_planned_layers(fused_copy(model) if base.reparameterize else model, base)
+    layers = select_planned_layers(fuse_for_plan(model) if base.reparameterize else model, base)
     choices = []
     for done, (name, row) in enumerate(base.layers.items(), 1):
         choices.append(list_forms(layers[name], row, seed))

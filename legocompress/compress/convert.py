@@ -8,14 +8,18 @@ from dataclasses import replace
 
 import torch
 from timm.utils import reparameterize_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from legocompress.compress.eligibility import explain_unsupported
 from legocompress.compress.factorize import dense_weight, factorize, relative_error
 from legocompress.compress.plan_types import LayerPlan, Plan
+from legocompress.compress.sharing import find_shared_weights
 from legocompress.errors import ConversionError, PlanError
 from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, ModelT
 from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.models.checks import refuse_wrapper
 from legocompress.models.reparameterization import fused_copy
 from legocompress.models.source import source_of
 from legocompress.state.conversion import ConversionRecord
@@ -41,13 +45,16 @@ def convert_(
         on_layer: called after each layer, for a progress bar.
 
     Raises:
-        PlanError: the plan converts nothing, or does not fit the model.
-        ConversionError: a layer's weights hold NaN or infinity; nothing has been changed then.
+        UsageError: the model is wrapped, compiled or scripted.
+        PlanError: the plan converts nothing, does not fit the model, or was carried out already.
+        ConversionError: a layer's weights are shared, hold NaN or infinity, are on the meta device
+            or of an unsupported kind. As after the other errors, nothing has been changed then.
     """
+    refuse_wrapper(model)
     if not plan.layers:
         raise PlanError(f"no layer can be converted: {summarise_reasons(plan)}")
     if plan.reparameterize:
-        select_planned_layers(fused_copy(model), plan)  # fail before anything is changed
+        select_planned_layers(fuse_for_plan(model), plan)  # fail before anything is changed
         model = reparameterize_model(model.eval(), inplace=True)
     layers = select_planned_layers(model, plan)
     for name, row in plan.layers.items():
@@ -61,6 +68,25 @@ def convert_(
     return model
 
 
+def fuse_for_plan(model: nn.Module) -> nn.Module:
+    """Copy a network in training form and fuse the copy, as its plan names the layers.
+
+    Raises:
+        ConversionError: a parameter is on the meta device.
+    """
+    for name, parameter in model.named_parameters():
+        _refuse_meta(name, parameter)
+    return fused_copy(model)
+
+
+def _refuse_meta(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ConversionError(
+            f"{name!r} is on the meta device, where it has no values; call "
+            "model.to_empty(device='cpu') and load the weights before"
+        )
+
+
 def summarise_reasons(plan: Plan) -> str:
     """Say why layers stay dense: each reason with its number of layers, most frequent first."""
     counts = Counter(reason.partition(":")[0] for reason in plan.skipped.values())
@@ -68,14 +94,22 @@ def summarise_reasons(plan: Plan) -> str:
 
 
 def select_planned_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d | nn.Linear]:
-    """Return the planned layers by name, after checking that they fit the plan and are finite.
+    """Return the planned layers by name, after checking that each of them can be converted.
 
     Raises:
-        PlanError: the plan does not fit the model.
-        ConversionError: a layer's weights hold NaN or infinity.
+        PlanError: the plan does not fit the model, or was carried out already.
+        ConversionError: a layer's weights are shared, hold NaN or infinity, are on the meta device
+            or of an unsupported kind.
     """
     layers = {name: _find(model, row) for name, row in plan.layers.items()}
+    shared = find_shared_weights(model)
     for name, layer in layers.items():
+        reason = explain_unsupported(layer, shared)
+        if reason is not None:
+            raise ConversionError(
+                f"layer {name!r} cannot be converted: {reason}; make a new plan of this model"
+            )
+        _refuse_meta(f"{name}.weight" if name else "weight", layer.weight)
         if not torch.isfinite(layer.weight).all():
             raise ConversionError(
                 f"the weight of layer {name!r} holds NaN or infinity; repair the weights, "
@@ -91,7 +125,17 @@ def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
         raise PlanError(
             f"the plan names a layer {row.name!r}, which this model does not have"
         ) from None
+    if isinstance(layer, LegoModule):
+        raise PlanError(
+            f"layer {row.name!r} is a Lego module already; a plan is carried out only once. To "
+            "convert otherwise, make a new plan of the original network, or of "
+            "legocompress.to_dense(model)"
+        )
     weight = layer._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
+        raise PlanError(
+            f"layer {row.name!r} is lazy and has no weights yet; run the network once before"
+        )
     if (
         not isinstance(layer, (nn.Conv2d, nn.Linear))
         or type(layer).__name__ != row.type_name

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from legocompress.lego.plain import is_plain_parameter
 from legocompress.models.probe import Calls, default_input, model_cfg
 from legocompress.spec import LegoSpec, matches
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def find_structural_exclusions(
@@ -53,8 +56,11 @@ def _last_of_classifier(convs: list[tuple[str, nn.Conv2d]]) -> set[str]:
     return set(last.values())
 
 
-def explain_unsupported(layer: nn.Module, tied: set[int]) -> str | None:
-    """Say why a layer cannot be converted at all; None if it can."""
+def explain_unsupported(layer: nn.Module, shared: dict[int, str]) -> str | None:
+    """Say why a layer cannot be converted at all; None if it can.
+
+    `shared` is what `find_shared_weights` found.
+    """
     weight = layer._parameters.get("weight")
     if type(layer).__module__.startswith("torch.ao."):
         return "part of a quantised model"
@@ -64,11 +70,26 @@ def explain_unsupported(layer: nn.Module, tied: set[int]) -> str | None:
         return "lazy layer without weights yet: run the model once"
     if weight is None or hasattr(type(layer), "weight"):
         return "its weight is computed (parametrisation or weight norm), not a parameter"
+    if id(layer) in shared:
+        return f"its weight is shared: with {shared[id(layer)]}"
+    return _explain_unsupported_values(weight)
+
+
+def _explain_unsupported_values(weight: Tensor) -> str | None:
+    """Say why the values of a weight cannot be clustered; None if they can."""
     if not is_plain_parameter(weight):
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
-    if id(weight) in tied:
-        return "its weight is shared with another layer"
+    if weight.layout != torch.strided:
+        return f"{_name(weight.layout)} weights are not supported"
+    if weight.is_complex():
+        return "complex weights are not supported"
+    if weight.dtype not in DTYPES:
+        return f"{_name(weight.dtype)} weights are not supported"
     return None
+
+
+def _name(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.").removeprefix("_")
 
 
 def explain_unwanted(name: str, layer: nn.Module, spec: LegoSpec) -> str | None:

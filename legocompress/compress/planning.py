@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
@@ -18,9 +18,11 @@ from legocompress.compress.eligibility import (
 )
 from legocompress.compress.own_computation import explain_name_clash, explain_own_computation
 from legocompress.compress.plan_types import LayerPlan, Plan
+from legocompress.compress.sharing import find_shared_weights
 from legocompress.compress.sizing import check_splits, choose_shape, explain_no_gain
 from legocompress.errors import PlanError
 from legocompress.lego.module import LegoModule
+from legocompress.models.checks import refuse_wrapper
 from legocompress.models.probe import WEIGHT_LAYERS, Calls, probe
 from legocompress.models.reparameterization import fused_copy, has_training_form
 from legocompress.spec import LegoSpec, check_patterns
@@ -40,13 +42,18 @@ def plan(
             the size that the model's own configuration names.
 
     Raises:
+        UsageError: the model is wrapped, compiled or scripted.
         PlanError: the model has no conv, or it is converted already.
         SpecError: `o` divides the input channels of no layer.
         PatternError: a pattern of the spec matches nothing.
     """
     spec = LegoSpec() if spec is None else spec
+    refuse_wrapper(model)
     if any(isinstance(m, LegoModule) for m in model.modules()):
-        raise PlanError("the model holds Lego modules already; plan on the original network")
+        raise PlanError(
+            "the model holds Lego modules already; plan on the original network, "
+            "or on legocompress.to_dense(model)"
+        )
     reparameterize = has_training_form(model)
     if reparameterize:
         model = fused_copy(model)
@@ -56,6 +63,11 @@ def plan(
         raise PlanError(
             f"{type(model).__name__} has no Conv2d layer, so there is nothing to convert"
             + (" (--linear takes Linear layers in)" if found and not spec.linear else "")
+            + (
+                "; a torch.export program holds operators, so plan before exporting"
+                if isinstance(model, torch.fx.GraphModule)
+                else ""
+            )
         )
     check_patterns(spec, [name for name, _ in found])
     calls, input_shape, note = probe(model, example_input)
@@ -63,12 +75,11 @@ def plan(
     last = len(found)  # taken here, since a list looks empty while it is being sorted
     found.sort(key=lambda pair: order.get(id(pair[1]), last))
     kept = find_structural_exclusions(model, found, calls)
-    owners = Counter(id(layer._parameters.get("weight")) for _, layer in found)
-    tied = {weight for weight, count in owners.items() if count > 1}
+    shared = find_shared_weights(model)
     rows = []
     counted: set[int] = set()
     for name, layer in found:
-        row = _plan_layer(name, layer, spec, kept.get(name), calls, tied)
+        row = _plan_layer(name, layer, spec, kept.get(name), calls, shared)
         weight = layer._parameters.get("weight")
         if weight is not None and id(weight) in counted:  # a shared weight counts once
             row = replace(row, dense_params=0, dense_bits=0)
@@ -101,7 +112,7 @@ def _plan_layer(
     spec: LegoSpec,
     kept: str | None,
     calls: dict[nn.Module, Calls],
-    tied: set[int],
+    shared: dict[int, str],
 ) -> LayerPlan:
     weight = layer._parameters.get("weight")
     seen = calls.get(layer)
@@ -120,7 +131,7 @@ def _plan_layer(
         pixels=None if seen is None else seen.pixels,
     )
     named = spec.names_exactly(name)
-    reason = explain_unsupported(layer, tied) or explain_unwanted(name, layer, spec)
+    reason = explain_unsupported(layer, shared) or explain_unwanted(name, layer, spec)
     if reason is None and not named:
         reason = kept or (
             "Linear layer (--linear takes it in)"

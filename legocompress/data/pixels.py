@@ -10,6 +10,12 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from legocompress.errors import DataError
 
+ImageCms: Any
+try:
+    from PIL import ImageCms
+except ImportError:  # some builds of Pillow lack it
+    ImageCms = None
+
 TOP_16_BIT = 65535
 WHITE = (255, 255, 255, 255)
 MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -81,8 +87,8 @@ def _tiff_range(image: Image.Image) -> tuple[int, bool]:
 
 
 def _convert_lab(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms  # some builds of Pillow lack it
-
+    if ImageCms is None:
+        raise ValueError("this build of Pillow cannot convert LAB; save the image as RGB")
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     converted: Any = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     return converted  # type: ignore[no-any-return]

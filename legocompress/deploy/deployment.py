@@ -26,6 +26,7 @@ from legocompress.deploy.route_plan import (
 )
 from legocompress.errors import DeployError, UsageError
 from legocompress.lego.module import ModelT, lego_modules
+from legocompress.models.checks import refuse_wrapper
 from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
 from legocompress.state.model_state import lego_state
 
@@ -73,8 +74,10 @@ def deploy_(
 
     Raises:
         DeployError: the choices do not fit the network.
-        UsageError: the example contains no image, or there is no such route or format.
+        UsageError: the example contains no image, there is no such route or format, or the model is
+            wrapped, compiled or scripted.
     """
+    refuse_wrapper(model)
     _check_usage(only, formats)
     undeploy_(model)
     partition = partition_model(model.eval(), example_input)

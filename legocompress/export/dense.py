@@ -12,6 +12,7 @@ from legocompress.checkpoint import CONFIG, TENSORS, check_target, format_config
 from legocompress.errors import ExportError, LegoError
 from legocompress.files import write_atomically, write_tensors
 from legocompress.lego.surgery import to_dense
+from legocompress.models.checks import check_network
 from legocompress.models.factory import create
 from legocompress.models.source import source_of
 
@@ -30,9 +31,11 @@ def export_dense(model: nn.Module, path: str | Path, force: bool = False) -> Pat
         force: replace an existing output.
 
     Raises:
+        UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
         OutputExistsError: the file exists and `force` is not given.
         OutputError: it cannot be written.
     """
+    check_network(model)
     target = Path(path)
     with write_atomically(target, force) as temporary:
         write_tensors(_plain_state(model), temporary)
@@ -57,10 +60,12 @@ def export_timm(model: nn.Module, path: str | Path, force: bool = False) -> Path
         force: replace an existing output.
 
     Raises:
+        UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
         ExportError: timm does not build the network in this form, or loads other values from it.
         OutputExistsError: the folder exists and `force` is not given, or it holds other files.
         OutputError: it cannot be written.
     """
+    check_network(model)
     source = source_of(model)
     if source.library != "timm":
         raise ExportError(

@@ -29,6 +29,7 @@ from legocompress.export.program import (
     trace_program,
 )
 from legocompress.files import check_free, write_atomically
+from legocompress.models.checks import check_network
 
 OPSET = 18
 MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file
@@ -60,7 +61,8 @@ def export_onnx(
         example_input: (N, c, H, W), for the size of images; by default that of the configuration.
 
     Raises:
-        UsageError: the form is unknown, or the packages for ONNX are not installed.
+        UsageError: the form is unknown, the model is wrapped, compiled or scripted or holds a lazy
+            layer, or the packages for ONNX are not installed.
         ExportError: the network cannot be traced or expressed in ONNX, is too large for one file,
             or ONNX Runtime computes other outputs than the network.
         OutputExistsError: the file exists and `force` is not given.
@@ -68,6 +70,7 @@ def export_onnx(
     """
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}; allowed are {', '.join(FORMS)}")
+    check_network(model)
     onnx, runtime = _need("onnx"), _need("onnxruntime")
     _need("onnxscript")
     target = Path(path)

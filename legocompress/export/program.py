@@ -23,6 +23,7 @@ from legocompress.files import check_free, write_atomically
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.storage import TORCH_DTYPES, round_to_storage
 from legocompress.lego.surgery import to_dense_
+from legocompress.models.checks import check_network
 from legocompress.models.probe import default_input
 
 Form = Literal["lego", "assemble-at-load", "dense", "fused"]
@@ -242,7 +243,8 @@ def export_program(
         example_input: (N, c, H, W), for the size of images; by default that of the configuration.
 
     Raises:
-        UsageError: the form is none of these.
+        UsageError: the form is none of these, or the model is wrapped, compiled or scripted, or
+            holds a lazy layer.
         KernelError: the form is 'fused', and there are no compiled kernels.
         ExportError: torch.export cannot follow the network, or the program computes something else.
         OutputExistsError: the file exists and `force` is not given.
@@ -253,6 +255,7 @@ def export_program(
             f"--form {form} is for ONNX, whose runtimes fold constants as they load; "
             "a torch.export program has 'lego', 'dense' and 'fused'"
         )
+    check_network(model)
     target = Path(path)
     check_free(target, force)
     images = make_example_images(model, example_input, 3)

@@ -10,6 +10,7 @@ from torch import nn
 
 from legocompress.errors import TrainingError, first_line
 from legocompress.finetune.recipe import Recipe
+from legocompress.models.in_place import explain_in_place
 
 
 def make_divergence_error(what: str, recipe: Recipe, epoch: int) -> TrainingError:
@@ -37,10 +38,12 @@ def explain_failures(recipe: Recipe, epoch: int) -> Iterator[None]:
     """Turn known failures of PyTorch into errors that say what to change; pass on all others.
 
     Raises:
-        TrainingError: memory is exhausted, or a process that reads images or trains has died.
+        TrainingError: memory is exhausted, a process that reads images or trains has died, or the
+            network changes a value in place that its gradient needs.
     """
     try:
-        yield
+        with explain_in_place():
+            yield
     except (MemoryError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise TrainingError(

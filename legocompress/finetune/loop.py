@@ -21,6 +21,7 @@ from legocompress.finetune.seeding import preserve_random_state
 from legocompress.finetune.trainer import Trainer
 from legocompress.lego.module import ModelT
 from legocompress.lego.surgery import freeze_indices_
+from legocompress.models.checks import check_network
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
 
@@ -64,10 +65,14 @@ def finetune_(
     Raises:
         TrainingError: the loss is NaN or infinite, memory is exhausted, or a process died.
         DataError: an image cannot be read, or a label is not among the network's outputs.
-        UsageError: the recipe does not fit network, data, processes or the run to resume.
+        UsageError: a network is wrapped, compiled or scripted, or holds a lazy layer; or the recipe
+            does not fit network, data, processes or the run to resume.
         OutputExistsError: `out` exists.
         OutputError: `out` cannot be written.
     """
+    check_network(model)
+    if original is not None:
+        check_network(original)
     processes = processes or Processes()
     device = next(model.parameters()).device
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -185,6 +185,17 @@ class LegoModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse `torch.jit.script`, which calls this before it compiles the module.
+
+        Raises:
+            DenseOnlyError: always.
+        """
+        raise DenseOnlyError(
+            "TorchScript cannot compile weights that are assembled from Lego filters; script "
+            "legocompress.to_dense(model), or use torch.jit.trace, torch.compile or torch.export"
+        )
+
     def extra_repr(self) -> str:
         """The text of the replaced class, and the sizes of the Lego unit."""
         s = self.lego_shape

@@ -17,6 +17,7 @@ from legocompress.lego.costs import (
     lego_params,
 )
 from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.models.checks import check_network
 from legocompress.models.probe import WEIGHT_LAYERS, Calls, default_input, probe
 from legocompress.report.latency import time_routes
 from legocompress.report.macs import count_macs_with_fvcore
@@ -42,7 +43,11 @@ def measure(
         example_input: (N, c, H, W) or a tuple of arguments; the default is that of `plan`.
         path: the network's folder on disk, for the stored bytes.
         repeats: timed runs of each form; 0 times nothing.
+
+    Raises:
+        UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
     """
+    check_network(model)
     calls, input_shape, note = probe(model, example_input)
     rows = _layer_rows(model, calls)
     stored_bytes = None if path is None else _folder_bytes(Path(path))

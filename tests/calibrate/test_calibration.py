@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.calibrate.calibration import FEWEST, gather
-from legocompress.errors import ConversionError, DataError
+from legocompress.errors import ConversionError, DataError, TrainingError
 from tests.support.calibrating import DEMO, NAME, Odd, converted, demo_images
 
 
@@ -101,3 +101,29 @@ def test_gather_takes_the_first_images_and_drops_labels() -> None:
     images = gather(batches, 20)
     assert images.shape == (20, 1, 2, 2)
     assert images[:, 0, 0, 0].tolist() == [0.0] * 8 + [1.0] * 8 + [2.0] * 4
+
+
+class InPlace(nn.Module):
+    """A network whose forward changes a value that the gradient of its last conv needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.body = nn.Conv2d(8, 16, 3)
+        self.last = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(self.stem(x)).sigmoid()
+        z = self.last(y)
+        y *= 2
+        return z.mean((2, 3))
+
+
+def test_a_network_that_cannot_be_tuned_jointly_is_explained() -> None:
+    torch.manual_seed(0)
+    original = InPlace().eval()
+    student, images = converted(original), torch.randn(12, 3, 12, 12)
+    with pytest.raises(TrainingError, match=r"in-place operation.*epochs=0 \(--epochs 0\) repairs"):
+        lego.calibrate_(student, original, images, epochs=1)
+    record = lego.calibrate_(converted(original), original, images, epochs=0)
+    assert record.error_after < record.error_before

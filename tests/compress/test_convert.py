@@ -279,10 +279,132 @@ def test_a_plan_cannot_be_carried_out_twice() -> None:
     convert_(model, made)
 
     def act() -> None:
-        with pytest.raises(PlanError, match="'3'"):
+        with pytest.raises(PlanError, match="'3' is a Lego module already; a plan is carried out"):
+            convert_(model, made)
+        with pytest.raises(PlanError, match=r"holds Lego modules already; .*to_dense\(model\)"):
+            plan(model, LegoSpec(), IMAGE)
+
+    changed_nothing(model, act)
+
+
+def test_weights_on_the_meta_device_are_refused() -> None:
+    with torch.device("meta"):
+        model = small_cnn()
+    made = plan(model, LegoSpec(), IMAGE.to("meta"))
+    assert list(made.layers) == NAMES
+    with pytest.raises(ConversionError, match=r"'3.weight' is on the meta device.*to_empty"):
+        convert_(model, made)
+    assert list(lego_modules(model)) == []
+
+
+def test_a_training_form_on_the_meta_device_is_refused_before_it_is_fused() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("repvgg_a0", pretrained=False)
+    made = plan(model, LegoSpec(only=["stages.0.*"]), torch.zeros(1, 3, 32, 32))
+    assert made.reparameterize
+    names = list(model.state_dict())
+    with pytest.raises(ConversionError, match="is on the meta device"):
+        convert_(model, made)
+    assert list(model.state_dict()) == names
+
+
+def test_a_plan_is_not_carried_out_on_a_lazy_layer() -> None:
+    model = small_cnn()
+    made = plan(model, LegoSpec(), IMAGE)
+    model[10] = nn.LazyConv2d(16, 1)
+    with pytest.raises(PlanError, match="'10' is lazy and has no weights yet; run the network"):
+        convert_(model, made)
+    assert list(lego_modules(model)) == []
+
+
+class Spectral(nn.Module):
+    """Two real convs, then a complex one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.body = nn.Conv2d(8, 16, 3)
+        self.waves = nn.Conv2d(16, 16, 3, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.waves(self.body(self.stem(x)).to(torch.complex64)).abs()
+
+
+def test_a_complex_layer_stays_dense_and_the_others_convert() -> None:
+    model = Spectral()
+    made = plan(model, LegoSpec(), IMAGE)
+    assert made.skipped["waves"] == "complex weights are not supported"
+    convert_(model, made)
+    assert [name for name, _ in lego_modules(model)] == ["body"]
+    dense = to_dense_(copy.deepcopy(model))
+    assert torch.equal(model(IMAGE + 1), dense(IMAGE + 1))
+
+
+def test_a_layer_that_became_complex_after_the_plan_stops_it_before_anything_changes() -> None:
+    model = small_cnn()
+    made = plan(model, LegoSpec(), IMAGE)
+    model[10] = nn.Conv2d(10, 16, 1, dtype=torch.complex64)
+
+    def act() -> None:
+        words = "'10' cannot be converted: complex weights are not supported"
+        with pytest.raises(ConversionError, match=words):
             convert_(model, made)
 
     changed_nothing(model, act)
+
+
+class Tagged(Tensor):
+    """A tensor subclass, as quantised weights are."""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weight: weight.to(torch.int8), "int8 weights are not supported"),
+        (
+            lambda weight: weight.to(torch.float8_e4m3fn),
+            "float8_e4m3fn weights are not supported",
+        ),
+        (lambda weight: weight.to_sparse(), "sparse_coo weights are not supported"),
+        (
+            lambda weight: weight.as_subclass(Tagged),
+            "its weight is a Tagged, not a plain parameter",
+        ),
+    ],
+    ids=["int8", "float8", "sparse", "subclass"],
+)
+def test_weights_of_other_kinds_stay_dense(change: Callable[[Tensor], Tensor], reason: str) -> None:
+    model = small_cnn()
+    model[6].weight = nn.Parameter(change(model[6].weight.detach()), requires_grad=False)
+    model.forward = lambda x: x  # type: ignore[method-assign, assignment]  # it could not run
+    made = plan(model, LegoSpec(), IMAGE)
+    assert made.skipped["6"] == reason
+    convert_(model, made)
+    assert [name for name, _ in lego_modules(model)] == ["3", "7", "10"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float16, 1e-2), (torch.bfloat16, 8e-2)],
+)
+@pytest.mark.parametrize("settings", [{"k": 1}, {"k": 2, "coefficients": False}])
+def test_layers_of_other_dtypes_compute_what_their_assembled_weight_says(
+    dtype: torch.dtype, tolerance: float, settings: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3)).to(dtype)
+    exact = converted(copy.deepcopy(model).double(), image=IMAGE.double(), **settings)
+    converted(model, image=IMAGE.to(dtype), **settings)
+    layer = lego(model, "2")
+    assert layer.lego_filters.dtype == dtype
+    # Clustered in float32 at least: as good as from the same values in float64.
+    assert layer.weight_error == pytest.approx(lego(exact, "2").weight_error, rel=0.02)
+    x = torch.randn(2, 3, 12, 12, dtype=dtype)
+    expected = to_dense_(copy.deepcopy(model)).double()(x.double())
+    for layer.route in ("assemble", "reference"):
+        output = model(x)
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])

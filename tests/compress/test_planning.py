@@ -283,7 +283,8 @@ def test_tied_weights_stay_dense_and_count_once() -> None:
     model: Any = net(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 1))
     model[2].weight = model[1].weight
     made = small(model)
-    assert made.skipped["1"] == made.skipped["2"] == "its weight is shared with another layer"
+    assert made.skipped["1"] == "its weight is shared: with 2.weight"
+    assert made.skipped["2"] == "its weight is shared: with 1.weight"
     assert row(made, "1").dense_macs == 16 * 16 * 9 * 36
     assert row(made, "2").dense_macs == 16 * 16 * 9 * 16
     assert made.layers.keys() == {"3"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.errors import TrainingError
@@ -15,7 +16,7 @@ from legocompress.finetune.loop import finetune_
 from legocompress.finetune.progress import Progress
 from legocompress.finetune.trainer import Trainer
 from tests.support.finetuning import compute_outputs, train
-from tests.support.tiny import compressed, recipe
+from tests.support.tiny import compressed, dense, recipe
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images: Path, tmp_path: Path) -> None:
@@ -82,6 +83,31 @@ def test_errors_name_the_setting_to_lower(
         train(compressed(), images, {})
     for word in words:
         assert word in str(caught.value)
+
+
+class InPlace(nn.Module):
+    """A classifier whose forward changes a value that the gradient of its conv needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = dense().pretrained_cfg
+        self.stem, self.conv = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 16, 3)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).sigmoid()
+        z = self.conv(y)
+        y *= 2
+        return self.head(z.mean((2, 3)))
+
+
+def test_an_in_place_operation_that_breaks_the_gradient_is_explained(images: Path) -> None:
+    model = InPlace()
+    lego.convert_(model, lego.plan(model, example_input=torch.zeros(1, 1, 16, 16)))
+    assert [name for name, _ in lego.lego_modules(model)] == ["conv"]
+    words = r"in-place operation in its forward.*\(.*inplace operation.*write y = y \+ x instead"
+    with pytest.raises(TrainingError, match=words):
+        train(model, images, {})
 
 
 def test_other_errors_pass_unchanged(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, lego_class, lego_modules, replaced_class
 from legocompress.lego.shape import UnitShape
-from legocompress.lego.surgery import become_lego_, freeze_, guard_fusing_, to_dense_
+from legocompress.lego.surgery import become_lego_, freeze_, guard_fusing_, to_dense, to_dense_
 from legocompress.lego.unit import LegoUnit
 
 Layer = nn.Conv2d | nn.Linear
@@ -570,6 +570,17 @@ def test_compiling_gives_the_same_function_without_graph_breaks(route: str) -> N
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     close(compiled(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripting_is_refused_and_the_dense_network_scripts() -> None:
+    model = nn.Sequential(lego_(conv(6, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 1).double()).eval()
+    with pytest.raises(DenseOnlyError, match=r"script legocompress\.to_dense\(model\)"):
+        torch.jit.script(model)
+    assert isinstance(model[0], LegoModule)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    assert torch.equal(torch.jit.script(to_dense(model))(x), model(x))
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
 
 
 def test_a_replica_for_data_parallel_computes_and_learns_the_same() -> None:
