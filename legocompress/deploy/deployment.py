@@ -49,8 +49,9 @@ def deploy_(
 
     Args:
         model: the network; it is put into eval mode.
-        example_input: a tensor (N, c, H, W) or a tuple of two; by default one image of the size
-            that the model's configuration names. Other sizes run too, by the same choices.
+        example_input: a tensor (N, c, H, W), a tuple of arguments or a dict of keyword arguments;
+            by default one image of the size that the model's configuration names. Other sizes run
+            too, by the same choices.
         choices: routes to use without timing any, as `lego_state(model).deployment` holds them. By
             default those of the checkpoint, if they were timed on the same kind of machine with
             these sizes and threads.
@@ -62,7 +63,7 @@ def deploy_(
 
     Raises:
         DeployError: the choices do not fit the network.
-        UsageError: the example contains no image.
+        UsageError: the example contains no image, or does not fit the model's forward.
     """
     undeploy_(model)
     partition = partition_model(model.eval(), example_input)
