@@ -38,7 +38,7 @@ from benchmarks.common.networks import (
 from benchmarks.common.results import Row, append_row, read_rows
 from benchmarks.common.tables import format_head, format_row
 from legocompress.errors import ExportError
-from legocompress.export.program import make_example_images, measure_differences
+from legocompress.export.interface import make_example_inputs, measure_differences
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
 
@@ -128,7 +128,7 @@ def check_network(name: str, weights: Path | None, out: Path, dtype: str) -> Row
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     folder = lego.save(model, place / "checkpoint")
-    images = make_example_images(model, image)
+    (images,) = make_example_inputs(model, image)
     size = sum(f.stat().st_size for f in folder.iterdir())
     row: Row = {"name": name, "dtype": dtype, "layers": len(plan.layers)}
     row |= {"bytes": {"checkpoint": size}, "difference": {}}

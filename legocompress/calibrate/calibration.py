@@ -27,7 +27,8 @@ from legocompress.calibrate.joint import (
 )
 from legocompress.calibrate.journal import Journal, hash_states, hash_tensors
 from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, write_unit_
-from legocompress.errors import ConversionError, DataError
+from legocompress.calibrate.preconditions import check_images, check_networks, check_outputs
+from legocompress.errors import DataError
 from legocompress.lego.module import lego_modules
 from legocompress.models.checks import check_network
 from legocompress.models.in_place import explain_in_place
@@ -111,27 +112,23 @@ def calibrate_(
         on_batch: called with the number of batches done, and of all batches, in step 3.
 
     Raises:
-        UsageError: a network is wrapped, compiled or scripted, or holds a lazy layer.
         ConversionError: the original lacks a layer of the model.
+        UsageError: a network takes more than one input, is wrapped, compiled or scripted, or holds
+            a lazy layer.
         TrainingError: the network changes a value in place that the gradient of step 3 needs.
-        DataError: there are fewer than ten images, or a network refuses them.
+        DataError: there are fewer than ten images, a network refuses them, or the outputs are not
+            tensors that can be compared, as those of detectors. Nothing has been changed then.
     """
     check_network(model)
     check_network(original)
-    names = {name for name, _ in original.named_modules()}
-    missing = [name for name, _ in lego_modules(model) if name not in names]
-    if missing:
-        raise ConversionError(
-            f"the original has no layer {missing[0]!r}; give the network that was converted, with "
-            "its original weights"
-        )
-    if len(images) < FEWEST:
-        raise DataError(f"{len(images)} images are too few to calibrate on; give {FEWEST} or more")
+    check_networks(model, original)
+    check_images(images, FEWEST)
     held_out = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
     device = next(model.parameters()).device
     used = images[~held_out].to(device)
     kept = torch.split(images[held_out].to(device), batch_size)
     with evaluating(model), evaluating(original):
+        check_outputs(model, original, used[:2])
         judge = partial(output_error, model, original, kept)
         before, agreed = judge(), agreement(model, original, kept)
         front = Front((original, model), torch.split(images.to(device), batch_size))

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from legocompress.models.outputs import flatten_tensors
 
 BUDGET = 1 << 30  # bytes of cached maps per network
 
@@ -203,4 +204,4 @@ def _output_of(network: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
-    return [leaf.clone() for leaf in tree_leaves(network(images)) if isinstance(leaf, Tensor)]
+    return [tensor.clone() for tensor in flatten_tensors(network(images))]

@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+
+from legocompress.errors import DataError
+from legocompress.models.outputs import find_logits, flatten_float_tensors
 
 RATES = (4e-3, 1e-3)  # a network without norms can diverge at the higher one
 TRIAL = 16  # a trial of a rate takes 1/16 of the epochs
@@ -30,20 +31,34 @@ def output_error(model: nn.Module, original: nn.Module, batches: Sequence[Tensor
     error = energy = 0.0
     with torch.no_grad():
         for images in batches:
-            both = zip(_tensors(original(images)), _tensors(model(images)), strict=True)
-            for target, output in both:
+            targets = flatten_float_tensors(original(images))
+            outputs = flatten_float_tensors(model(images))
+            _check_same_shapes(targets, outputs)
+            for target, output in zip(targets, outputs, strict=True):
                 error += float((target.double() - output).square().sum())
                 energy += float(target.double().square().sum())
     return float((error / max(energy, 1e-30)) ** 0.5)
 
 
+def _check_same_shapes(targets: list[Tensor], outputs: list[Tensor]) -> None:
+    """Raise DataError if the tensors of two networks cannot be compared one by one."""
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (targets, outputs)]
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"the original returns tensors of shapes {shapes[0]} and the converted network "
+            f"{shapes[1]}, so their outputs cannot be compared; calibrate a part of the networks "
+            "that returns feature maps"
+        )
+
+
 def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float | None:
-    """Percentage of images with the same first class; None for outputs other than (N, classes)."""
+    """Percentage of images with the same first class; None for outputs without (N, classes)."""
     same = total = 0
     with torch.no_grad():
         for images in batches:
-            target, output = original(images), model(images)
-            if not isinstance(target, Tensor) or target.dim() != 2:
+            target = find_logits(original(images), len(images))
+            output = find_logits(model(images), len(images))
+            if target is None or output is None:
                 return None
             same += int((target.argmax(1) == output.argmax(1)).sum())
             total += len(images)
@@ -227,7 +242,11 @@ def _channels_last(*networks: nn.Module) -> Iterator[None]:
 
 
 def _relative_loss(output: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(output, target) / target.var().clamp(min=1e-12)
+    """The mean squared error over the variance; over the square for one number, none for none."""
+    if not target.numel():
+        return output.sum()
+    energy = target.var() if target.numel() > 1 else target.square().mean()
+    return F.mse_loss(output, target) / energy.clamp(min=1e-12)
 
 
 def _maps(network: nn.Module, points: Sequence[str], images: Tensor) -> list[Tensor]:
@@ -241,8 +260,4 @@ def _maps(network: nn.Module, points: Sequence[str], images: Tensor) -> list[Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return outputs + _tensors(result)
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [v for v in tree_leaves(output) if isinstance(v, Tensor) and v.is_floating_point()]
+    return outputs + flatten_float_tensors(result)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from legocompress.errors import DataError
+from legocompress.models.inputs import check_one_input
 from legocompress.models.probe import default_input, evaluating
 
 STEPS = 100
@@ -43,7 +44,9 @@ def synthesise(
 
     Raises:
         DataError: the network has no BatchNorm with statistics.
+        UsageError: it takes several inputs.
     """
+    check_one_input(original, "synthesise")
     norms = [m for m in original.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     example = default_input(original)
     if not norms or example is None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from legocompress.data.datasets import UNLABELLED
 from legocompress.errors import DataError, first_line
+from legocompress.models.inputs import check_one_input
+from legocompress.models.outputs import describe_output, find_logits, flatten_float_tensors
 from legocompress.models.probe import evaluating
 
 
@@ -19,7 +21,8 @@ class Evaluation:
 
     Accuracies are percentages, and None without labels. `agreement` is the percentage of images for
     which the original has the same first class. `output_error` is the relative error
-    ||y - y'|| / ||y|| of the outputs. Both are None without the original.
+    ||y - y'|| / ||y|| of all floating-point tensors in the outputs. Both are None without the
+    original.
     """
 
     images: int
@@ -41,23 +44,27 @@ def evaluate(
     """Measure accuracy on labelled images and agreement with the original network.
 
     Args:
-        model: a network from (N, c, H, W) to (N, classes).
+        model: a network from (N, c, H, W) to (N, classes), or to a tuple, dict or dataclass that
+            has such a tensor: the first one, but in a dict the only one.
         batches: pairs of images and labels (N,), labels `UNLABELLED` where there are none.
         original: the network before compression.
         n_classes: number of outputs that the labels assume, if it is known (`Images.n_classes`).
         on_batch: called with the number of images after each batch.
 
     Raises:
-        DataError: a label exceeds the outputs of the network, the outputs are not (N, classes), or
-            there is no image.
+        DataError: a label exceeds the outputs of the network, there is no output (N, classes), the
+            two networks' outputs differ in shape, or there is no image.
+        UsageError: a network takes several inputs.
     """
+    for network in (model, original) if original is not None else (model,):
+        check_one_input(network, "evaluate")
     sums = dict.fromkeys(("images", "labelled", "top1", "top5", "o1", "o5", "same"), 0.0)
     error = reference = 0.0
     device = next(model.parameters()).device
     with evaluating(model):
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
-            y = _outputs(model, images, labels)
+            y, tensors = _run(model, images, labels)
             if n_classes is not None and n_classes != y.shape[1]:
                 raise DataError(
                     f"the data has {n_classes} class folders and the network {y.shape[1]} outputs, "
@@ -71,7 +78,7 @@ def evaluate(
             _add_accuracy(sums, ("top1", "top5"), y[known], labels[known])
             if original is not None:
                 with evaluating(original):
-                    target = _outputs(original, images, labels)
+                    target, target_tensors = _run(original, images, labels)
                 if target.shape != y.shape:
                     raise DataError(
                         f"the network has {y.shape[1]} outputs and the original {target.shape[1]}; "
@@ -79,8 +86,8 @@ def evaluate(
                     )
                 _add_accuracy(sums, ("o1", "o5"), target[known], labels[known])
                 sums["same"] += int((y.argmax(1) == target.argmax(1)).sum())
-                error += float((y - target).square().sum())
-                reference += float(target.square().sum())
+                error += _squared_distance(tensors, target_tensors)
+                reference += sum(float(tensor.square().sum()) for tensor in target_tensors)
             if on_batch is not None:
                 on_batch(len(images))
     if not sums["images"]:
@@ -107,17 +114,31 @@ def _add_accuracy(sums: dict[str, float], keys: tuple[str, str], y: Tensor, labe
             sums[key] += float(value) * len(labels) / 100
 
 
-def _outputs(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _squared_distance(outputs: list[Tensor], targets: list[Tensor]) -> float:
+    """The squared distance of two networks' outputs; DataError if their shapes differ."""
+    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, targets)]
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"the network returns tensors of shapes {shapes[0]} and the original {shapes[1]}; name "
+            "the network that it was converted from"
+        )
+    pairs = zip(outputs, targets, strict=True)
+    return sum(float((output - target).square().sum()) for output, target in pairs)
+
+
+def _run(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Run a network; return its logits (N, classes) and all float tensors of its output."""
     try:
-        y = model(images)
+        output = model(images)
     except RuntimeError as error:
         raise DataError(
             f"the network refuses images of shape {tuple(images.shape)}: {first_line(error)}"
         ) from error
-    if not isinstance(y, Tensor) or y.dim() != 2:
-        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    y = find_logits(output, len(images))
+    if y is None:
         raise DataError(
-            f"the network's output is {found}; accuracy and agreement need (N, classes)"
+            f"the network's output is {describe_output(output)}; accuracy and agreement need one "
+            "tensor (N, classes)"
         )
     wrong = labels[(labels != UNLABELLED) & ((labels < 0) | (labels >= y.shape[1]))]
     if len(wrong):
@@ -125,4 +146,4 @@ def _outputs(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
             f"label {int(wrong[0])} is beyond the network's {y.shape[1]} outputs; check the "
             "data set, or name the classes' order with --class-map"
         )
-    return y.float()
+    return y.float(), [tensor.float() for tensor in flatten_float_tensors(output)]

@@ -10,11 +10,10 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from legocompress.errors import DataError
 
-ImageCms: Any
 try:
     from PIL import ImageCms
 except ImportError:  # some builds of Pillow lack it
-    ImageCms = None
+    ImageCms = None  # type: ignore[assignment]
 
 TOP_16_BIT = 65535
 WHITE = (255, 255, 255, 255)

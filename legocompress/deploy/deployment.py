@@ -58,8 +58,9 @@ def deploy_(
 
     Args:
         model: the network; it is put into eval mode.
-        example_input: a tensor (N, c, H, W) or a tuple of two; by default one image of the size
-            that the model's configuration names. Other sizes run too, by the same choices.
+        example_input: a tensor (N, c, H, W), a tuple of arguments or a dict of keyword arguments;
+            by default one image of the size that the model's configuration names. Other sizes run
+            too, by the same choices.
         choices: routes to use without timing any, as `lego_state(model).deployment` holds them. By
             default those of the checkpoint, if they were timed on the same kind of machine with
             these sizes and threads.
@@ -74,8 +75,8 @@ def deploy_(
 
     Raises:
         DeployError: the choices do not fit the network.
-        UsageError: the example contains no image, there is no such route or format, or the model is
-            wrapped, compiled or scripted.
+        UsageError: the example contains no image or does not fit the forward of the model, there is
+            no such route or format, or the model is wrapped, compiled or scripted.
     """
     refuse_wrapper(model)
     _check_usage(only, formats)

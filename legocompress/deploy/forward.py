@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from legocompress.deploy.guard import StateGuard
 from legocompress.deploy.memory_format import to_memory_format
 from legocompress.deploy.recorded import record_runs
 from legocompress.lego.surgery import Replacement
+from legocompress.models.outputs import flatten_leaves, list_container_types
 from legocompress.state.deployment import Format
 
 # Largest difference of a deployed module from its own code, relative to the largest output.
@@ -139,10 +141,12 @@ def install_(
         conv.release_others()
     deployed = DeployedForward(graph, memory_format, inputs, warned)
     with torch.no_grad():
-        expected = _output_tensors(graph.root.forward(*inputs))
+        expected = graph.root.forward(*inputs)
         deployed(*inputs)  # records the runs of kernel layers
-        actual = _output_tensors(deployed(*inputs))  # replays them, as later calls do
-    if len(expected) != len(actual) or not all(map(_agree, expected, actual)):
+        actual = deployed(*inputs)  # replays them, as later calls do
+    if list_container_types(expected) != list_container_types(actual):
+        return "deployed, it returns another type"
+    if not _outputs_agree(expected, actual):
         return "deployed, it computes something else"
     graph.root.__dict__["forward"] = deployed
     return None
@@ -158,15 +162,19 @@ def uninstall_(model: nn.Module) -> None:
                 module.__dict__["forward"] = forward.previous
 
 
-def _output_tensors(value: Any) -> list[Tensor]:
-    """The tensors in a network's output, which may be nested in mappings, lists and tuples."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for part in value for tensor in _output_tensors(part)]
-    return []
+def _outputs_agree(expected: Any, actual: Any) -> bool:
+    """Whether two outputs hold the same values: tensors within their tolerance, others exactly."""
+    leaves, others = list(flatten_leaves(expected)), list(flatten_leaves(actual))
+    return [path for path, _ in leaves] == [path for path, _ in others] and all(
+        _agree(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else _are_equal(a, b)
+        for (_, a), (_, b) in zip(leaves, others, strict=True)
+    )
+
+
+def _are_equal(expected: Any, actual: Any) -> bool:
+    if isinstance(expected, float) and isinstance(actual, float):
+        return math.isclose(expected, actual, rel_tol=TOLERANCE[torch.float32])
+    return type(expected) is type(actual) and bool(expected == actual)
 
 
 def _agree(expected: Tensor, actual: Tensor) -> bool:

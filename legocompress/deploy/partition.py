@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from legocompress.deploy.conv_layer import is_deployable_conv
 from legocompress.deploy.fusing import FusedGraph, fuse_graph
 from legocompress.errors import UsageError
+from legocompress.models.inputs import Arguments, to_arguments
+from legocompress.models.outputs import flatten_float_tensors
 from legocompress.models.probe import default_input, evaluating
 
 
@@ -35,7 +37,7 @@ class Partition:
     """What could be traced of a network.
 
     Attributes:
-        images: the float tensors among the example's arguments.
+        images: the float tensors among the example's arguments, also in lists and dicts.
         parts: the traced parts; a part that another part calls comes after it.
         notes: which modules were not traced as a whole, and why.
     """
@@ -55,19 +57,21 @@ def partition_model(model: nn.Module, example_input: Any = None) -> Partition:
 
     Args:
         model: the network.
-        example_input: a tensor (N, c, H, W) or a tuple of arguments; by default one image of the
-            size that the model's configuration names.
+        example_input: a tensor (N, c, H, W), a tuple of arguments or a dict of keyword arguments;
+            by default one image of the size that the model's configuration names.
 
     Raises:
-        UsageError: there is no float tensor in the example.
+        UsageError: there is no float tensor in the example, or it does not fit the model's forward.
     """
     if example_input is None:
         example_input = default_input(model)
-    args = example_input if isinstance(example_input, tuple) else (example_input,)
-    images = _float_tensors(args)
-    if not images:
-        raise UsageError("example_input is no image: give a float tensor (N, c, H, W), or a tuple")
-    partitioner = _Partitioner(model, args, Partition(images))
+    if example_input is None or not flatten_float_tensors(example_input):
+        raise UsageError(
+            "example_input has no image: give a float tensor (N, c, H, W), a tuple of arguments "
+            "or a dict of keyword arguments"
+        )
+    arguments = to_arguments(model, example_input)
+    partitioner = _Partitioner(model, arguments, Partition(arguments.float_tensors()))
     with evaluating(model):
         partitioner.visit("", model)
     return partitioner.partition
@@ -76,8 +80,8 @@ def partition_model(model: nn.Module, example_input: Any = None) -> Partition:
 class _Partitioner:
     """Visits the modules of a network from the root down, and traces the first that it can."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], partition: Partition) -> None:
-        self.model, self.args, self.partition = model, args, partition
+    def __init__(self, model: nn.Module, arguments: Arguments, partition: Partition) -> None:
+        self.model, self.arguments, self.partition = model, arguments, partition
         self.visited: set[nn.Module] = set()
         self.examples: dict[nn.Module, tuple[Tensor, ...] | str] = {}
 
@@ -104,9 +108,10 @@ class _Partitioner:
     def _example(self, module: nn.Module) -> tuple[Tensor, ...] | str:
         """Inputs for a module, or why there are none."""
         if module is self.model:
-            return self.args if _float_tensors(self.args) == self.args else NOT_ONLY_TENSORS
+            only_tensors = self.arguments.are_float_tensors()
+            return self.arguments.args if only_tensors else NOT_ONLY_TENSORS
         if not self.examples:
-            self.examples.update(_example_calls(self.model, self.args))
+            self.examples.update(_example_calls(self.model, self.arguments))
         return self.examples.get(module, "it did not run")
 
     def _trace(self, name: str, module: nn.Module, example: tuple[Tensor, ...]) -> FusedGraph | str:
@@ -122,7 +127,7 @@ NOT_ONLY_TENSORS = "it takes more than tensors"
 
 
 def _example_calls(
-    model: nn.Module, args: tuple[Any, ...]
+    model: nn.Module, arguments: Arguments
 ) -> dict[nn.Module, tuple[Tensor, ...] | str]:
     """The shapes of each module's inputs at its first call in one forward pass, or why not.
 
@@ -140,7 +145,7 @@ def _example_calls(
     hooks = [m.register_forward_pre_hook(record, with_kwargs=True) for m in model.modules()]
     try:
         with evaluating(model):
-            model(*args)
+            model(*arguments.args, **arguments.kwargs)
     # The example may suit only some of the network: then the modules that ran have their shapes.
     except Exception as error:
         calls.setdefault(model, describe_error(error))
@@ -156,13 +161,6 @@ def _with_values(example: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(
         torch.randn(x.shape, generator=generator).to(x) if 0 in x.stride() else x for x in example
     )
-
-
-def _float_tensors(args: Any) -> tuple[Tensor, ...]:
-    """The float tensors among arguments, also those in lists and tuples."""
-    if isinstance(args, Tensor):
-        return (args,) if args.is_floating_point() else ()
-    return sum((_float_tensors(arg) for arg in args if isinstance(arg, (Tensor, list, tuple))), ())
 
 
 def _join(name: str, child: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -47,6 +49,19 @@ class _Tracer(fx.Tracer):
         if isinstance(module, self._leaves) or super().is_leaf_module(module, name):
             return True
         return name != ROOT and is_hooked(module)
+
+    def create_arg(self, a: Any) -> Any:
+        """Make an argument of a node; ordered dicts and dataclasses that are dicts keep their type.
+
+        fx alone would turn both into plain dicts, whose fields have no attributes.
+        """
+        if is_dataclass(a) and isinstance(a, dict):
+            members = {key: self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", type(a), (), members)
+        if type(a) is OrderedDict:
+            members = super().create_arg(dict(a))
+            return self.create_node("call_function", OrderedDict, (members,), {})
+        return super().create_arg(a)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

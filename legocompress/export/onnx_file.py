@@ -13,9 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
 
 from legocompress.errors import ExportError, UsageError, first_line
+from legocompress.export.interface import (
+    TensorOutputs,
+    has_plain_containers,
+    make_example_inputs,
+    make_unique,
+    measure_differences,
+    name_outputs,
+)
 from legocompress.export.program import (
     Exported,
     Form,
@@ -23,13 +30,13 @@ from legocompress.export.program import (
     build_reference,
     check_agrees,
     join_name,
-    make_example_images,
     make_hollow_copy,
-    measure_differences,
     trace_program,
 )
 from legocompress.files import check_free, write_atomically
 from legocompress.models.checks import check_network
+from legocompress.models.inputs import name_inputs
+from legocompress.models.outputs import flatten_leaves, flatten_tensors
 
 OPSET = 18
 MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file
@@ -41,11 +48,14 @@ def export_onnx(
     path: str | Path,
     form: Form = "lego",
     force: bool = False,
-    example_input: Tensor | None = None,
+    example_input: Any = None,
 ) -> Exported:
     """Write a network as an ONNX file with a dynamic batch, checked against ONNX Runtime.
 
-    The file has one input `image` (N, c, H, W) float32 and plain operators only. The forms:
+    The file has one input `image` (N, c, H, W) float32 and plain operators only; several inputs
+    have the names that the network's `forward` gives them. Its outputs are the tensors of the
+    network's output: one is `output`, those of a tuple `output_0` and so on, those of a dict or
+    dataclass have the names of their keys, joined by dots where they are nested. The forms:
 
     - 'lego' stores what the checkpoint stores (filters and coefficients in their storage dtypes,
       indices in the narrowest integer) and computes split-transform-merge.
@@ -59,12 +69,13 @@ def export_onnx(
         form: see above.
         force: replace an existing file.
         example_input: (N, c, H, W), for the size of images; by default that of the configuration.
+            For networks of several inputs a tuple of such tensors, or a dict of them by name.
 
     Raises:
         UsageError: the form is unknown, the model is wrapped, compiled or scripted or holds a lazy
             layer, or the packages for ONNX are not installed.
-        ExportError: the network cannot be traced or expressed in ONNX, is too large for one file,
-            or ONNX Runtime computes other outputs than the network.
+        ExportError: the network cannot be traced or expressed in ONNX, an input is not a float
+            tensor, it is too large for one file, or ONNX Runtime computes other outputs than it.
         OutputExistsError: the file exists and `force` is not given.
         OutputError: it cannot be written.
     """
@@ -75,32 +86,46 @@ def export_onnx(
     _need("onnxscript")
     target = Path(path)
     check_free(target, force)
-    images = make_example_images(model, example_input, 3)
+    inputs = make_example_inputs(model, example_input, 3)
     plain = build_reference(model, form)
     with torch.no_grad():
-        expected = plain(images)
-    units: dict[str, StoredUnit] = {}
-    if form == "dense":
-        program, names = trace_program(plain, images[:2]), ["image"]
-    else:
-        hollow, units = make_hollow_copy(model, form)
-        tensors = {
-            join_name(name, leaf): tensor
-            for name, unit in units.items()
-            for leaf, tensor in unit().items()
-        }
-        program, names = trace_program(hollow, images[:2], tensors), ["image", *tensors]
-    proto = _convert(program, names, len(tree_leaves(expected)))
+        expected = plain(*inputs)
+    network, units = (plain, {}) if form == "dense" else make_hollow_copy(model, form)
+    tensors = {
+        join_name(name, leaf): tensor
+        for name, unit in units.items()
+        for leaf, tensor in unit().items()
+    }
+    arguments = (*(x[:2] for x in inputs), *(() if form == "dense" else (tensors,)))
+    program = trace_program(_return_tensors(network, expected), *arguments)
+    n_outputs = len(flatten_tensors(expected))
+    input_names = ["image"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    proto = _convert(program, [*input_names, *tensors], n_outputs)
     for name, unit in reversed(units.items()):
         _attach(onnx, proto, name, unit, form)
-    _strip(proto)
+    names = [*name_inputs(model, len(inputs)), *name_outputs(expected)]
+    _strip(proto, set(names))
+    _rename_interface_(proto.graph, names)
     data = _serialize(onnx, proto)
     with write_atomically(target, force) as temporary:
         temporary.write_bytes(data)
-        found = _run(runtime, temporary, images)
-        absolute, relative = measure_differences(tree_leaves(expected), found)
+        outputs = _run(runtime, temporary, inputs)
+        absolute, relative = measure_differences(flatten_tensors(expected), outputs)
         check_agrees("ONNX Runtime", relative)
     return Exported(target, form, len(data), absolute, relative)
+
+
+def _return_tensors(network: nn.Module, output: Any) -> nn.Module:
+    """Return the network, in a module that returns only the tensors if its output has more.
+
+    Raises:
+        ExportError: the output has no tensor.
+    """
+    are_tensors = [isinstance(leaf, Tensor) for _, leaf in flatten_leaves(output)]
+    if not any(are_tensors):
+        raise ExportError("the network returns no tensor, so an ONNX file would have no output")
+    is_plain = all(are_tensors) and has_plain_containers(output)
+    return network if is_plain else TensorOutputs(network)
 
 
 def _need(package: str) -> Any:
@@ -201,10 +226,10 @@ def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:
     return int(getattr(onnx.TensorProto, names[str(dtype).removeprefix("torch.")]))
 
 
-def _strip(proto: Any) -> None:
+def _strip(proto: Any, reserved: set[str]) -> None:
     """Remove stack traces, node names and inner shapes, which no runtime needs.
 
-    Inner values get short names, unless a sub-graph might use them.
+    Inner values get short names, none of them reserved, unless a sub-graph might use them.
     """
     graph = proto.graph
     proto.producer_name, proto.producer_version = "legocompress", ""
@@ -221,7 +246,7 @@ def _strip(proto: Any) -> None:
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         return
     kept = {value.name for value in (*graph.input, *graph.output)} | {""}
-    short = _short_names({*kept, *(tensor.name for tensor in graph.initializer)})
+    short = _short_names({*kept, *reserved, *(tensor.name for tensor in graph.initializer)})
     renamed: dict[str, str] = {}
     for node in graph.node:
         node.name = ""
@@ -231,6 +256,30 @@ def _strip(proto: Any) -> None:
         for position, name in enumerate(node.output):
             if name not in kept:
                 renamed[name] = node.output[position] = next(short)
+
+
+def _rename_interface_(graph: Any, interface: list[str]) -> None:
+    """Name the graph's inputs, then its outputs; a name that is taken gets a number."""
+    values = [*graph.input, *graph.output]
+    graphs = list(_list_graphs(graph))
+    taken = {name for part in graphs for node in part.node for name in node.output}
+    taken |= {tensor.name for part in graphs for tensor in part.initializer}
+    taken -= {value.name for value in values}
+    names = dict(zip([v.name for v in values], make_unique(interface, taken), strict=True))
+    for value in values:
+        value.name = names[value.name]
+    for node in (node for part in graphs for node in part.node):
+        for ends in (node.input, node.output):
+            ends[:] = [names.get(name, name) for name in ends]
+
+
+def _list_graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph and the graphs inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _list_graphs(attribute.g)
 
 
 def _short_names(taken: set[str]) -> Iterator[str]:
@@ -256,13 +305,15 @@ def _serialize(onnx: Any, proto: Any) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def _run(runtime: Any, path: Path, images: Tensor) -> list[Tensor]:
+def _run(runtime: Any, path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Run the file in ONNX Runtime on the CPU, and return its outputs."""
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        outputs = session.run(None, {"image": images.numpy()})
+        names = [value.name for value in session.get_inputs()]
+        feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        outputs = session.run(None, feeds)
     # Errors of the runtime have different base classes in different versions.
     except Exception as error:
         raise ExportError(f"ONNX Runtime refuses the file: {first_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import warnings
 from dataclasses import dataclass
@@ -13,18 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from legocompress import kernels
 from legocompress.checkpoint.codec import encode_filters
 from legocompress.deploy import deploy_, deployed_graph
 from legocompress.errors import DeployError, ExportError, KernelError, UsageError, first_line
+from legocompress.export.interface import (
+    SimpleOutputs,
+    check_leaves,
+    has_plain_containers,
+    make_example_inputs,
+    measure_differences,
+)
 from legocompress.files import check_free, write_atomically
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.storage import TORCH_DTYPES, round_to_storage
 from legocompress.lego.surgery import to_dense_
 from legocompress.models.checks import check_network
-from legocompress.models.probe import default_input
 
 Form = Literal["lego", "assemble-at-load", "dense", "fused"]
 # Largest relative difference between an export and the network: float32 sums in another order.
@@ -93,15 +99,16 @@ def index_dtype(n_lego: int) -> torch.dtype:
 
 
 class Hollow(nn.Module):
-    """A network that takes its Lego units as an argument, so that no tool can fold them."""
+    """A network that takes its Lego units as the last argument, so that no tool can fold them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, units: dict[str, Tensor]) -> Any:
-        """Run the network with `units`: full name -> tensor of a Lego module."""
-        return functional_call(self.model, units, (image,))
+    def forward(self, *inputs: Any) -> Any:
+        """Run the network on all inputs but the last, the units: full name -> tensor of a layer."""
+        *images, units = inputs
+        return functional_call(self.model, units, tuple(images))
 
 
 class _SelfContained(nn.Module):
@@ -113,11 +120,11 @@ class _SelfContained(nn.Module):
         self.names = list(units)
         self.units = nn.ModuleList(units.values())
 
-    def forward(self, image: Tensor) -> Any:
+    def forward(self, *images: Tensor) -> Any:
         tensors = {}
         for name, unit in zip(self.names, self.units, strict=True):
             tensors.update({join_name(name, leaf): tensor for leaf, tensor in unit().items()})
-        return self.hollow(image, tensors)
+        return self.hollow(*images, tensors)
 
 
 def join_name(owner: str, leaf: str) -> str:
@@ -162,36 +169,34 @@ def build_reference(model: nn.Module, form: Form) -> nn.Module:
     return dense.cpu().eval()
 
 
-def _deploy_copy(model: nn.Module, images: Tensor) -> nn.Module:
+def _deploy_copy(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     """Copy a network in float32 and deploy the copy, with the kernels of this package."""
     if not kernels.available():
         raise KernelError(f"--form fused needs the compiled kernels: {kernels.why_unavailable()}")
     copied = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format).cpu()
     try:
-        deploy_(copied, images[:1], only=("assemble", "fused", "winograd"), formats=("nchw",))
+        image = tuple(x[:1] for x in inputs)
+        deploy_(copied, image, only=("assemble", "fused", "winograd"), formats=("nchw",))
         return deployed_graph(copied)
     except DeployError as error:
         raise ExportError(f"--form fused: {error}; try --form lego") from error
 
 
-def make_example_images(model: nn.Module, example_input: Tensor | None, batch: int = 2) -> Tensor:
-    """A batch of random float32 images, of the size of the example or the configuration."""
-    example = default_input(model) if example_input is None else example_input
-    if example is None:
-        raise UsageError(
-            "the size of the input is unknown, since the model has no parameter; give example_input"
-        )
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(batch, *example.shape[1:], generator=generator)
-
-
 def trace_program(module: nn.Module, *args: Any) -> ExportedProgram:
-    """Export a module of (images, ...) with a dynamic batch.
+    """Export a module of batches (N, ...), and of dicts of fixed tensors, with a dynamic N.
 
     Raises:
         ExportError: torch.export cannot follow the network.
     """
-    dynamic = ({0: Dim("batch")}, *(dict.fromkeys(arg) for arg in args[1:]))
+    batch = Dim("batch")
+
+    def dynamic_axes(value: Any) -> Any:
+        if isinstance(value, tuple):  # the values of `*args`
+            return tuple(map(dynamic_axes, value))
+        return dict.fromkeys(value) if isinstance(value, dict) else {0: batch}
+
+    values = inspect.signature(module.forward).bind(*args).arguments.values()
+    dynamic = tuple(map(dynamic_axes, values))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -203,13 +208,6 @@ def trace_program(module: nn.Module, *args: Any) -> ExportedProgram:
             f"torch.export cannot trace this network with a dynamic batch: {first_line(error)}. "
             "The dense weights can be exported with --to dense"
         ) from error
-
-
-def measure_differences(expected: Any, found: Any) -> tuple[float, float]:
-    """The largest difference of two nested outputs: absolute, and relative to the largest value."""
-    pairs = list(zip(tree_leaves(expected), tree_leaves(found), strict=True))
-    absolute = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
-    return absolute, absolute / max(max(float(a.abs().max()) for a, _ in pairs), 1e-30)
 
 
 def check_agrees(where: str, relative: float) -> None:
@@ -227,9 +225,12 @@ def export_program(
     path: str | Path,
     form: Form = "lego",
     force: bool = False,
-    example_input: Tensor | None = None,
+    example_input: Any = None,
 ) -> Exported:
     """Write a network as a torch.export program.
+
+    The program takes the network's inputs by position, each with a dynamic batch, and returns its
+    output; dataclasses, named tuples and subclasses of dict become dicts.
 
     All forms but 'fused' load without this package; for 'fused', import it before loading.
 
@@ -241,12 +242,14 @@ def export_program(
             this machine, with the compiled kernels.
         force: replace an existing file.
         example_input: (N, c, H, W), for the size of images; by default that of the configuration.
+            For networks of several inputs a tuple of such tensors, or a dict of them by name.
 
     Raises:
         UsageError: the form is none of these, or the model is wrapped, compiled or scripted, or
             holds a lazy layer.
         KernelError: the form is 'fused', and there are no compiled kernels.
-        ExportError: torch.export cannot follow the network, or the program computes something else.
+        ExportError: torch.export cannot follow the network, an input is not a float tensor, an
+            output cannot be stored, or the program computes something else.
         OutputExistsError: the file exists and `force` is not given.
         OutputError: it cannot be written.
     """
@@ -258,16 +261,22 @@ def export_program(
     check_network(model)
     target = Path(path)
     check_free(target, force)
-    images = make_example_images(model, example_input, 3)
+    inputs = make_example_inputs(model, example_input, 3)
     expected = build_reference(model, form)
+    with torch.no_grad():
+        expected_output = expected(*inputs)
+    check_leaves(expected_output)
     module: nn.Module = expected
     if form == "lego":
         module = _SelfContained(*make_hollow_copy(model, form)).eval()
     elif form == "fused":
-        module = _deploy_copy(model, images)
-    program = trace_program(module, images[:2])
-    # The program is stored with its example input, so make that one repeated number.
-    program.example_inputs = ((torch.zeros(()).expand(images[:2].shape),), {})
+        module = _deploy_copy(model, inputs)
+    if not has_plain_containers(expected_output):
+        module = SimpleOutputs(module)
+    program = trace_program(module, *(x[:2] for x in inputs))
+    # The program is stored with its example inputs, so make each of them one repeated number.
+    small = tuple(torch.zeros(()).expand(2, *x.shape[1:]) for x in inputs)
+    program.example_inputs = (small, {})
     for node in program.graph.nodes:  # traces of source lines, which are most of the file
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
@@ -276,7 +285,7 @@ def export_program(
     with write_atomically(target, force) as temporary:
         size = temporary.write_bytes(buffer.getbuffer())
         with torch.no_grad():
-            found = torch.export.load(temporary).module()(images)
-            absolute, relative = measure_differences(expected(images), found)
+            output = torch.export.load(temporary).module()(*inputs)
+            absolute, relative = measure_differences(expected_output, output)
         check_agrees("the program", relative)
     return Exported(target, form, size, absolute, relative)

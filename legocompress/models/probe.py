@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
+
+from legocompress.models.inputs import Arguments, to_arguments
 
 WEIGHT_LAYERS: tuple[type[nn.Module], ...] = (_ConvNd, nn.Linear, CondConv2d)
 
@@ -28,6 +30,20 @@ class Calls:
     order: int
     pixels: int
     sees_image: bool
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `probe_call` has learned.
+
+    Where no forward pass succeeded, `arguments` is None and `note` says why. `input_shape` is None
+    where the first argument is not a tensor.
+    """
+
+    calls: dict[nn.Module, Calls] = field(default_factory=dict)
+    arguments: Arguments | None = None
+    input_shape: tuple[int, ...] | None = None
+    note: str | None = None
 
 
 @contextmanager
@@ -50,47 +66,57 @@ def probe(
 
     Args:
         model: any network.
-        example_input: a tensor (N, c, H, W) or a tuple of arguments; by default zeros of the size
-            in the configuration of the model, tried as one batch, as a list of images (detectors)
-            and as a pair (optical flow).
+        example_input: a tensor (N, c, H, W), a tuple of arguments or a dict of keyword arguments;
+            by default zeros of the size in the configuration of the model, tried as one batch, as a
+            list of images (detectors) and as a pair (optical flow).
 
     Returns:
         The calls by layer, the shape of the input, and a note if no input was accepted. In that
         case there are no calls, and order and costs are unknown.
+
+    Raises:
+        UsageError: the model does not take such arguments.
     """
+    probed = probe_call(model, example_input)
+    return probed.calls, probed.input_shape, probed.note
+
+
+def probe_call(model: nn.Module, example_input: Any = None) -> Probe:
+    """Do what `probe` does, and return also the arguments that the model was run on."""
     if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
-        return {}, None, "lazy layers have no weights yet, so costs are unknown: run the model once"
-    if example_input is not None:
-        args = example_input if isinstance(example_input, tuple) else (example_input,)
-        return (
-            _run(model, args),
-            tuple(args[0].shape) if isinstance(args[0], Tensor) else None,
-            None,
+        return Probe(
+            note="lazy layers have no weights yet, so costs are unknown: run the model once"
         )
+    if example_input is not None:
+        arguments = to_arguments(model, example_input)
+        first = next(iter((*arguments.args, *arguments.kwargs.values())), None)
+        shape = tuple(first.shape) if isinstance(first, Tensor) else None
+        return Probe(_run(model, arguments), arguments, shape)
     image = default_input(model)
     if image is None:
-        return {}, None, "the model has no parameters to take a device from; costs are unknown"
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        return Probe(note="the model has no parameters to take a device from; costs are unknown")
     faults = []
-    tried = [(image,), (list(image),), (image, image)]
-    if first is not None and first.in_channels != image.shape[1]:
-        # The network may have been created with other in_chans than its configuration says.
-        tried.append((image.new_zeros(1, first.in_channels, *image.shape[2:]),))
-    for args in tried:
+    for args in _default_arguments(model, image):
         try:
             seen = args[0] if isinstance(args[0], Tensor) else image
-            return _run(model, args), tuple(seen.shape), None
+            return Probe(_run(model, Arguments(args)), Arguments(args), tuple(seen.shape))
         # A network may refuse an input with any exception; then the next input is tried.
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    return (
-        {},
-        None,
-        (
-            f"no forward pass on zeros of shape {tuple(image.shape)} succeeded ({faults[0]}); "
-            "MACs are unknown and the first conv registered counts as the stem"
-        ),
+    return Probe(
+        note=f"no forward pass on zeros of shape {tuple(image.shape)} succeeded ({faults[0]}); "
+        "MACs are unknown and the first conv registered counts as the stem"
     )
+
+
+def _default_arguments(model: nn.Module, image: Tensor) -> list[tuple[Any, ...]]:
+    """List the inputs to try: one batch, a list of images (detectors), a pair (optical flow)."""
+    tried: list[tuple[Any, ...]] = [(image,), (list(image),), (image, image)]
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != image.shape[1]:
+        # The network may have been created with other in_chans than its configuration says.
+        tried.append((image.new_zeros(1, first.in_channels, *image.shape[2:]),))
+    return tried
 
 
 def default_input(model: nn.Module) -> Tensor | None:
@@ -114,13 +140,14 @@ def model_cfg(model: nn.Module) -> dict[str, Any]:
     return dict(cfg) if isinstance(cfg, dict) else {}
 
 
-def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, Calls]:
+def _run(model: nn.Module, arguments: Arguments) -> dict[nn.Module, Calls]:
     calls: dict[nn.Module, Calls] = {}
+    values = (*arguments.args, *arguments.kwargs.values())
 
     def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not inputs:
             return
-        sees_image = any(inputs[0] is arg for arg in args)
+        sees_image = any(inputs[0] is value for value in values)
         seen = calls.setdefault(layer, Calls(len(calls), 0, sees_image))
         seen.pixels += _positions(layer, inputs[0], output)
         seen.sees_image |= sees_image
@@ -134,7 +161,7 @@ def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, Calls]:
         # Run on copies of the buffers, since some change in eval mode too (counters, observers).
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         with evaluating(model):
-            functional_call(model, buffers, args)
+            functional_call(model, buffers, arguments.args, arguments.kwargs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from legocompress.lego.module import Route, lego_modules
 from legocompress.lego.surgery import freeze_
+from legocompress.models.inputs import Arguments
 from legocompress.models.probe import evaluating
 from legocompress.report.results import Latency
 
 
 def time_routes(
-    model: nn.Module, baseline: nn.Module | None, image: Tensor, repeats: int
+    model: nn.Module, baseline: nn.Module | None, arguments: Arguments, repeats: int
 ) -> list[Latency]:
     """Time the routes of a converted network, and the baseline first if there is one.
 
@@ -26,22 +27,28 @@ def time_routes(
     def run(route: Route) -> None:
         for _, module in lego_modules(model):
             module.route = route if route in module.routes() else "assemble"
-        model(image)
+        model(*arguments.args, **arguments.kwargs)
 
     forms: dict[str, Callable[[], object]] = {
         "assembled": lambda: run("assemble"),
         "reference": lambda: run("reference"),
     }
     if baseline is not None:
-        forms = {"dense": lambda: baseline(image), **forms}
+        forms = {"dense": lambda: baseline(*arguments.args, **arguments.kwargs), **forms}
     before = [(module, module.route, module.frozen_weight) for _, module in lego_modules(model)]
     try:
         with evaluating(model), evaluating(model if baseline is None else baseline):
             freeze_(model)
-            return time_forms(forms, image, repeats)
+            return time_forms(forms, _example_batch(arguments), repeats)
     finally:
         for module, route, frozen_weight in before:
             module.route, module.frozen_weight = route, frozen_weight
+
+
+def _example_batch(arguments: Arguments) -> Tensor:
+    """Return the first batch (N, ...) among arguments; N images (c, H, W) in a list are one."""
+    images = arguments.float_tensors()
+    return images[0].expand(len(images), *images[0].shape) if images[0].dim() == 3 else images[0]
 
 
 def time_forms(

@@ -31,13 +31,13 @@ def fvcore_handles() -> dict[str, Callable[[list[Any], list[Any]], int]]:
     return {"aten::index_select": count_gathered}
 
 
-def count_macs_with_fvcore(model: nn.Module, example_input: Tensor) -> int | None:
+def count_macs_with_fvcore(model: nn.Module, *example_inputs: Tensor) -> int | None:
     """Count the MACs of all convs and Linears with fvcore, each Lego layer on its cheaper route.
 
     Returns None if the network cannot be traced, since fvcore counts on a trace.
     """
     with evaluating(model), use_cheapest_routes(model):
-        analysis = FlopCountAnalysis(model, example_input)
+        analysis = FlopCountAnalysis(model, example_inputs)
         analysis.set_op_handle(**fvcore_handles())
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.tracer_warnings("none")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from legocompress.lego.costs import (
     SCALE_BITS,
@@ -18,7 +18,7 @@ from legocompress.lego.costs import (
 )
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.checks import check_network
-from legocompress.models.probe import WEIGHT_LAYERS, Calls, default_input, probe
+from legocompress.models.probe import WEIGHT_LAYERS, Calls, probe_call
 from legocompress.report.latency import time_routes
 from legocompress.report.macs import count_macs_with_fvcore
 from legocompress.report.results import Latency, LayerReport, Report
@@ -40,7 +40,8 @@ def measure(
     Args:
         model: the network; it is in eval mode while it is measured.
         baseline: the original network, to compare the latency with.
-        example_input: (N, c, H, W) or a tuple of arguments; the default is that of `plan`.
+        example_input: (N, c, H, W), a tuple of arguments or a dict of keyword arguments; the
+            default is that of `plan`.
         path: the network's folder on disk, for the stored bytes.
         repeats: timed runs of each form; 0 times nothing.
 
@@ -48,18 +49,18 @@ def measure(
         UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
     """
     check_network(model)
-    calls, input_shape, note = probe(model, example_input)
-    rows = _layer_rows(model, calls)
+    probed = probe_call(model, example_input)
+    rows = _layer_rows(model, probed.calls)
     stored_bytes = None if path is None else _folder_bytes(Path(path))
-    image = example_input if isinstance(example_input, Tensor) else default_input(model)
+    arguments = probed.arguments
     is_converted = any(True for _ in lego_modules(model))
     fvcore_macs = None
-    if image is not None and note is None:
-        fvcore_macs = count_macs_with_fvcore(model, image)
+    if arguments is not None and arguments.are_float_tensors():
+        fvcore_macs = count_macs_with_fvcore(model, *arguments.args)
     latency: tuple[Latency, ...] = ()
-    if repeats and image is not None and is_converted:
-        latency = tuple(time_routes(model, baseline, image, repeats))
-    return Report(rows, stored_bytes, fvcore_macs, input_shape, note, latency)
+    if repeats and arguments is not None and is_converted:
+        latency = tuple(time_routes(model, baseline, arguments, repeats))
+    return Report(rows, stored_bytes, fvcore_macs, probed.input_shape, probed.note, latency)
 
 
 def _layer_rows(model: nn.Module, calls: dict[nn.Module, Calls]) -> tuple[LayerReport, ...]:

@@ -17,6 +17,7 @@ from legocompress.deploy.timing import cool_down_seconds, time_interleaved
 from legocompress.errors import UsageError
 from legocompress.lego.surgery import to_dense
 from legocompress.models.checks import check_network
+from legocompress.models.inputs import check_one_input
 from legocompress.models.probe import default_input
 from legocompress.models.source import source_of
 from legocompress.report.measurement import measure
@@ -133,10 +134,11 @@ def benchmark(
         on_form: called with the name of each form before it is built.
 
     Raises:
-        UsageError: the network is not on the CPU, takes no images, is wrapped, compiled or
-            scripted, or holds a lazy layer.
+        UsageError: the network is not on the CPU, does not take one input of images, is wrapped,
+            compiled or scripted, or holds a lazy layer.
     """
     check_network(model)
+    check_one_input(model, "benchmark")
     sample = default_input(model) if image is None else image
     if sample is None or sample.device.type != "cpu":
         raise UsageError("the benchmark runs networks of images on the CPU; move the model there")

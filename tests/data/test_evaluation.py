@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,3 +99,31 @@ def test_evaluation_restores_the_training_flag() -> None:
     lego.evaluate(model, batches(torch.eye(3), [0, 1, 2], 2), original)
     assert model.training
     assert original.training
+
+
+class Structured(Fixed):
+    """Returns the outputs in a dict, beside something else."""
+
+    def __init__(self, matrix: Tensor, **more: Any) -> None:
+        super().__init__(matrix)
+        self.more = more
+
+    def forward(self, x: Tensor) -> Any:
+        return {"aux": None, "logits": super().forward(x), **self.more}
+
+
+def test_outputs_in_a_structure() -> None:
+    x = torch.eye(3)
+    model, original = (
+        Structured(torch.eye(3), maps=torch.full((1, 2, 2, 2), value)) for value in (1.0, 2.0)
+    )
+    found = lego.evaluate(model, batches(x, [0, 1, 1], 1), original)
+    assert found.top1 == pytest.approx(200 / 3)
+    assert found.agreement == 100
+    assert found.output_error == pytest.approx((24 / (3 + 3 * 32)) ** 0.5)  # of the maps, too
+    ambiguous = Structured(torch.eye(3), other=torch.ones(1, 3))
+    with pytest.raises(DataError, match=r"a dict of \(1, 3\), \(1, 3\).*need one tensor"):
+        lego.evaluate(ambiguous, batches(x, [0, 1, 1], 1))
+    other = Structured(torch.eye(3), maps=torch.ones(1, 2))
+    with pytest.raises(DataError, match=r"original.*name the network"):
+        lego.evaluate(other, batches(x, [0, 1, 1], 3), Structured(torch.eye(3)))

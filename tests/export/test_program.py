@@ -21,14 +21,13 @@ from legocompress.errors import (
     OutputExistsError,
     UsageError,
 )
+from legocompress.export.interface import make_example_inputs, measure_differences
 from legocompress.export.program import (
     StoredUnit,
     build_reference,
     check_agrees,
     index_dtype,
-    make_example_images,
     make_hollow_copy,
-    measure_differences,
     trace_program,
 )
 from tests.support.disks import full_disk
@@ -201,7 +200,7 @@ def test_half_precision_networks_run_in_fp32(tmp_path: Path) -> None:
     spec = lego.LegoSpec(m=0.5, o=2, dtype="fp16", allow_expansion=True)
     lego.convert_(model, lego.plan(model, spec, image))
     found = lego.export_program(model, tmp_path / "x.pt2", "dense", example_input=image)
-    x = make_example_images(model, image)
+    (x,) = make_example_inputs(model, image)
     assert x.dtype == torch.float32
     program = torch.export.load(found.path).module()
     torch.testing.assert_close(outputs(program, x), outputs(build_reference(model, "dense"), x))
@@ -252,7 +251,7 @@ def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
         lego.export_program(model, tmp_path / "there", example_input=image)
     assert [p.name for p in tmp_path.iterdir()] == ["there"]
     with pytest.raises(UsageError, match="example_input"):
-        make_example_images(nn.Identity(), None)
+        make_example_inputs(nn.Identity(), None)
     with pytest.raises(ExportError, match="cannot trace"):
         trace_program(Counting(), torch.zeros(2, 3, 12, 12))
 
