@@ -7,7 +7,7 @@ the Lego unit to them (`solve.py`). Then `joint.py` re-estimates norms and tunes
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,40 +126,27 @@ def calibrate_(
     held_out = torch.arange(len(images)) % HELD_OUT == HELD_OUT - 1
     device = next(model.parameters()).device
     used = images[~held_out].to(device)
-    kept = torch.split(images[held_out].to(device), batch_size)
+    hold_out = torch.split(images[held_out].to(device), batch_size)
     with evaluating(model), evaluating(original):
         check_outputs(model, original, used[:2])
-        judge = partial(output_error, model, original, kept)
-        before, agreed = judge(), agreement(model, original, kept)
+        judge = partial(output_error, model, original, hold_out)
+        before, agreed = judge(), agreement(model, original, hold_out)
         front = Front((original, model), torch.split(images.to(device), batch_size))
         sha256 = hash_tensors(images)
         key = f"{sha256} {hash_states(model, original)} {seed} {batch_size}"
-        book = None if journal is None else Journal(Path(journal), key)
+        store = None if journal is None else Journal(Path(journal), key)
         rows = []
-        for row in repair_layers(front, seed, book):
+        for row in repair_layers(front, seed, store):
             rows.append(row)
             if on_layer is not None:
                 on_layer(row)
         batches = torch.split(used, batch_size)
         norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, batches))
 
-        def tune() -> None:
-            size = min(batch_size, max(FEW, len(used) // STEPS))
-            run = partial(
-                tune_,
-                model,
-                original,
-                used,
-                lego_values(model),
-                front.passed,
-                batch_size=size,
-                seed=seed,
-                bases=input_bases(model, [layer for _, layer in lego_modules(model)], used),
-            )
-            tune_at_chosen_rate_(model, run, judge, epochs, on_batch)
-            for _, layer in lego_modules(model):
-                write_unit_(layer, read_unit(layer))  # as the storage types hold the values
-
+        tune = partial(
+            _tune_together_, model, original, used, front.passed, judge,
+            epochs=epochs, batch_size=batch_size, seed=seed, on_batch=on_batch,
+        )  # fmt: skip
         with explain_in_place("; epochs=0 (--epochs 0) repairs the layers without this tuning"):
             tuned = epochs > 0 and _keep_if_better(model, judge, tune)
         record = Calibration(
@@ -172,11 +159,40 @@ def calibrate_(
             error_before=before,
             error_after=judge(),
             agreement_before=agreed,
-            agreement_after=agreement(model, original, kept),
+            agreement_after=agreement(model, original, hold_out),
             layers=rows,
         )
     lego_state(model).calibration = record
     return record
+
+
+def _tune_together_(
+    model: nn.Module,
+    original: nn.Module,
+    images: Tensor,
+    points: Sequence[str],
+    judge: Callable[[], float],
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    on_batch: Callable[[int, int], None] | None,
+) -> None:
+    """Tune all Lego values at the better rate, and round them to their storage dtypes."""
+    run = partial(
+        tune_,
+        model,
+        original,
+        images,
+        lego_values(model),
+        points,
+        batch_size=min(batch_size, max(FEW, len(images) // STEPS)),
+        seed=seed,
+        bases=input_bases(model, [layer for _, layer in lego_modules(model)], images),
+    )
+    tune_at_chosen_rate_(model, run, judge, epochs, on_batch)
+    for _, layer in lego_modules(model):
+        write_unit_(layer, read_unit(layer))
 
 
 def lego_values(model: nn.Module) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.errors import ExportError, OutputExistsError, UsageError
-from legocompress.export import onnx_file
+from legocompress.export import onnx_file, onnx_graph
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -183,13 +183,13 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3))
     spec = lego.LegoSpec(m=0.5, o=2, allow_expansion=True)
     lego.convert_(model, lego.plan(model, spec, IMAGE))
-    attach = onnx_file._attach
+    attach = onnx_graph.attach_unit_
 
     def shifted(onnx: Any, proto: Any, name: str, unit: Any, form: Any) -> None:
         unit.index.add_(1).remainder_(2)
         attach(onnx, proto, name, unit, form)
 
-    monkeypatch.setattr(onnx_file, "_attach", shifted)
+    monkeypatch.setattr(onnx_file, "attach_unit_", shifted)
     with pytest.raises(ExportError, match=r"ONNX Runtime differs .* nothing was written"):
         lego.export_onnx(model, tmp_path / "x.onnx", example_input=IMAGE)
     assert not list(tmp_path.iterdir())
