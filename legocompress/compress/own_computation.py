@@ -36,10 +36,10 @@ def explain_own_computation(layer: nn.Conv2d | nn.Linear) -> str | None:
     A layer whose class or instance changes the computation is copied twice. Both copies get the
     same new weight, one of them as a Lego layer, and run on the same random input. They differ
     where the layer gets at its weight otherwise than by reading `weight`, for instance by a second
-    reference, or where it writes to it. A layer that cannot be copied or does not run on a
-    random input alone is not judged.
+    reference, or where it writes to it. A layer that has no values yet, cannot be copied, or does
+    not run on a random input alone is not judged.
     """
-    if computes_plainly(layer):
+    if computes_plainly(layer) or any(p.is_meta for p in layer.parameters()):
         return None
     try:
         dense, lego_layer = (_bare_copy(layer) for _ in range(2))

@@ -15,7 +15,7 @@ import copy, os, pathlib, random, signal, sys, time
 import torch
 torch.set_num_threads(1)
 import legocompress as lego
-from legocompress.calibrate.journal import digest
+from legocompress.calibrate.journal import hash_tensors
 
 place = pathlib.Path(sys.argv[1])
 torch.manual_seed(0)
@@ -31,7 +31,7 @@ def child(name):
         try:
             student = copy.deepcopy(model)
             record = lego.calibrate_(student, original, images, epochs=1, journal=place / name)
-            told = digest(*student.state_dict().values()) + record.model_dump_json()
+            told = hash_tensors(*student.state_dict().values()) + record.model_dump_json()
             (place / f"{name}.txt").write_text(told)
             code = 0
         finally:

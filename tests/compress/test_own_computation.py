@@ -71,7 +71,7 @@ class Indexed(nn.Conv2d):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (SecondReference, "SecondReference computes by more than reading its weight"),
+        (SecondReference, "its weight is shared: with 1.same_weight"),
         (ByName, "ByName does not run with an assembled weight: 'weight'"),
         (Masked, "Masked computes by more than reading its weight"),
         (Rewritten, "Rewritten does not run with an assembled weight: the weight of this"),
