@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from legocompress_cli.benchmark import benchmark
+from legocompress_cli.main import cli
 
 import legocompress as lego
 from legocompress.errors import CheckpointError, UsageError
@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: object) -> Result:
-    result = CliRunner().invoke(benchmark, [str(word) for word in words])
+    result = CliRunner().invoke(cli, ["benchmark", *map(str, words)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
