@@ -80,6 +80,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_the_installed_top_level_names_are_two(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {
@@ -89,6 +90,7 @@ def test_the_installed_top_level_names_are_two(wheel: zipfile.ZipFile) -> None:
     assert sum(top.endswith(".dist-info") for top in tops) == 1
 
 
+@pytest.mark.slow
 def test_the_wheel_fits_every_python_of_its_platform(wheel: zipfile.ZipFile) -> None:
     (about,) = (name for name in wheel.namelist() if name.endswith(".dist-info/WHEEL"))
     tags = [line for line in wheel.read(about).decode().splitlines() if line.startswith("Tag: ")]
@@ -97,6 +99,7 @@ def test_the_wheel_fits_every_python_of_its_platform(wheel: zipfile.ZipFile) -> 
     assert not tags[0].endswith("-any")
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_source_and_the_demo(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in SOURCES}
@@ -115,6 +118,7 @@ def test_the_wheel_holds_every_source_and_the_demo(wheel: zipfile.ZipFile) -> No
     assert wheel.read("legocompress/demo/fashion-sample.npz") == sample
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_its_licence_and_its_command(wheel: zipfile.ZipFile) -> None:
     def only(ending: str) -> str:
         (name,) = (n for n in wheel.namelist() if n.endswith(ending))

@@ -18,6 +18,8 @@ from benchmarks.common.networks import randomise_
 from benchmarks.coverage import EXACT, are_equal, check_architecture, run_model
 from legocompress.errors import DenseOnlyError
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     "timm/resnet18",
     "timm/regnety_002",

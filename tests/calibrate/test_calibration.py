@@ -14,6 +14,8 @@ from legocompress.calibrate.calibration import FEWEST, gather
 from legocompress.errors import ConversionError, DataError, TrainingError
 from tests.support.calibrating import DEMO, NAME, Odd, converted, demo_images
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def repaired() -> tuple[nn.Module, nn.Module, lego.Calibration]:

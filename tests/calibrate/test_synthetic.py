@@ -12,6 +12,7 @@ from legocompress.errors import DataError
 from tests.support.calibrating import NAME, Odd
 
 
+@pytest.mark.slow
 def test_noise_is_shaped_to_the_norms() -> None:
     original = lego.create(NAME)
     before = lego.synthesise(original, 16, steps=0)

@@ -332,6 +332,7 @@ def test_tensors_that_do_not_fit(
     refused(folder, match)
 
 
+@pytest.mark.slow
 def test_random_damage_ends_in_a_typed_error_or_a_network(folder: Path) -> None:
     generator = random.Random(0)
     raw = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}

@@ -105,6 +105,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_old_folder_and_leaves_no_litter(tmp_path: Path) -> None:
     lego.save(small(), tmp_path / "a")
     before = digest(tmp_path)

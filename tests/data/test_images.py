@@ -176,6 +176,7 @@ def test_an_image_of_floating_point_is_refused_by_name(tmp_path: Path, workers: 
         tensors(images, 1, workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_transparent_images_are_logged_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int

@@ -14,6 +14,8 @@ from legocompress.deploy.conv_layer import DeployedConv
 from legocompress.deploy.fusing import fuse_graph
 from tests.support.deploying import Twice, conv, converted
 
+pytestmark = pytest.mark.slow
+
 
 @torch.no_grad()
 def test_while_timing_a_residual_is_overwritten_in_a_copy(

@@ -49,6 +49,7 @@ def test_means_and_linear_layers_run_by_the_kernels(batch: int) -> None:
         assert torch.equal(deployed.run("plain", x), linear(x))
 
 
+@pytest.mark.slow
 def test_a_classifier_is_deployed_on_two_threads() -> None:
     model = nn.Sequential(Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     torch.set_num_threads(2)

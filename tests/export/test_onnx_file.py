@@ -16,6 +16,8 @@ import legocompress as lego
 from legocompress.errors import ExportError, OutputExistsError, UsageError
 from legocompress.export import onnx_file, onnx_graph
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -32,6 +32,8 @@ from legocompress.export.program import (
 )
 from tests.support.disks import full_disk
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}
 
 

@@ -94,6 +94,7 @@ def test_a_full_disk_changes_no_file_of_a_run(tmp_path: Path) -> None:
     assert yaml.safe_load((out / "args.yaml").read_text()) == {"lr": 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2_000, 30_000])
 def test_a_full_disk_leaves_the_earlier_checkpoint(
     limit: int, images: Path, tmp_path: Path

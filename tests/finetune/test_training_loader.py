@@ -92,6 +92,7 @@ def test_a_corrupt_image_is_named(model: nn.Module, tmp_path: Path) -> None:
             [load_batches(part, epoch) for epoch in range(5)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # open tar files
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_stream_of_tar_files_loads_and_resumes(model: nn.Module, tmp_path: Path) -> None:

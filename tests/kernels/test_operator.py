@@ -161,6 +161,7 @@ def test_the_output_may_overwrite_the_residual(transform: str, channels_last: bo
         assert in_place.data_ptr() == spare.data_ptr() != y.data_ptr()
 
 
+@pytest.mark.slow
 @compiled
 def test_opcheck() -> None:
     for channels_last in (False, True):

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import torch, torch.nn.functional as F
 from legocompress.kernels.triton_merge import lego_conv2d_triton
