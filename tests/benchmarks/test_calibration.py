@@ -13,6 +13,8 @@ from torch import nn
 
 from benchmarks.rivals import costs, low_rank, palette, repair
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["1", "3"]
 N_STATE = 18 * 8 + 4 * 8 + 8 * 10 + 10  # of the stem, of its norm's floats and of the classifier
 COUNTER = 8  # bytes: how many batches the norm has seen

@@ -15,6 +15,8 @@ from legocompress.deploy.backends import BACKENDS, DENSE_ROUTES, KERNEL_ROUTES
 from legocompress.state.deployment import ConvRoute
 from tests.support.deploying import Block, check, conv, converted, relative
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_table_has_one_backend_for_each_route_name() -> None:
     assert set(BACKENDS) == set(get_args(ConvRoute))

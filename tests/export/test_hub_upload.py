@@ -19,6 +19,8 @@ import legocompress as lego
 from legocompress.errors import CheckpointError, OutputError, UsageError
 from legocompress.export.hub_upload import model_card
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

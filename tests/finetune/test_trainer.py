@@ -17,6 +17,8 @@ from legocompress.finetune.progress import Progress
 from tests.support.finetuning import compute_outputs, train
 from tests.support.tiny import compressed, dense, recipe
 
+pytestmark = pytest.mark.slow
+
 ONE_EPOCH = [{"epochs": 1, "rates": {"proxies": 100.0}}]
 
 

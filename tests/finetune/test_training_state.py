@@ -11,6 +11,8 @@ from legocompress.errors import UsageError
 from tests.support.finetuning import compute_outputs, train
 from tests.support.tiny import compressed
 
+pytestmark = pytest.mark.slow
+
 ONE_FROZEN_EPOCH = [{"epochs": 1, "indices": "frozen"}]
 
 
