@@ -28,6 +28,8 @@ import legocompress as lego
 from legocompress.checkpoint.codec import list_unique_tensors
 from legocompress.errors import LegoError
 
+pytestmark = pytest.mark.slow
+
 SHARDS, PER_SHARD = 8, 2500
 REBUILT = 300  # mutants whose architecture a library builds, which takes longer
 SECONDS = 5.0  # of processor time, for one mutant

@@ -12,6 +12,8 @@ from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.calibration import lego_values
 from tests.support.calibrating import Odd, converted
 
+pytestmark = pytest.mark.slow
+
 
 def test_images_are_mirrored_and_blended() -> None:
     images = torch.arange(64.0).reshape(64, 1, 1, 1).expand(-1, 3, 2, 2).clone()

@@ -12,6 +12,8 @@ from legocompress.calibrate import layers
 from legocompress.calibrate.calibration import FEWEST
 from tests.support.calibrating import Odd, converted
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("coefficients", "k"), [(True, 1), (True, 2), (False, 1)])

@@ -23,6 +23,8 @@ from legocompress.errors import (
 )
 from tests.support.folders import CONFIG, SMALL, TENSORS, edit_config, edit_tensors, refused, small
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:

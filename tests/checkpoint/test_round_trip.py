@@ -26,6 +26,8 @@ from tests.support.folders import (
     small,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])

@@ -9,6 +9,8 @@ from torch import Tensor
 from legocompress.cluster.clustering import cluster, clusterings
 from tests.support.clustering import FORMS, assemble, random_rows, relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("n_terms", "coefficients"), FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])

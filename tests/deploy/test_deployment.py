@@ -23,6 +23,8 @@ from tests.support.deploying import (
     runs_by_graph,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_who_listens_hears_the_same() -> None:
     model = converted(Block(), X)

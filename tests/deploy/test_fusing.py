@@ -16,6 +16,8 @@ from legocompress import kernels
 from legocompress.deploy import deployed_graph
 from tests.support.deploying import Block, Twice, X, check, conv, converted, relative
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -19,6 +19,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import legocompress as lego
 from tests.support.deploying import X, conv, converted, relative, runs_by_graph
 
+pytestmark = pytest.mark.slow
+
 
 class Changing(nn.Module):
     """A network with something of every kind that can be changed."""

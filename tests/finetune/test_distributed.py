@@ -28,6 +28,8 @@ from legocompress.finetune.loop import finetune_
 from legocompress.lego.module import lego_modules
 from tests.support.tiny import compressed, recipe, write_images
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 # Forks two processes that join over gloo; starting Python twice would take longer.
 DRIVER = """

@@ -15,6 +15,8 @@ from legocompress import kernels
 from legocompress.errors import KernelError
 from tests.support.kernel_cases import ACTIVATIONS, compiled
 
+pytestmark = pytest.mark.slow
+
 PLAIN: Any = ((1, 1), (1, 1), (1, 1))
 SIZES = [(7, 7), (14, 14), (5, 9), (28, 28), (56, 56), (3, 61), (112, 112), (1, 1), (120, 130)]
 

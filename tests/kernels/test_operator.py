@@ -30,6 +30,8 @@ from tests.support.kernel_cases import (
     random_winograd_case,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @compiled
 @pytest.mark.parametrize("threads", [1, 2, 3])
