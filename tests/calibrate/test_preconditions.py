@@ -14,7 +14,7 @@ import legocompress as lego
 from legocompress.errors import DataError, LegoError, UsageError
 from tests.support.structures import ModelOutput, Pair, Result, Structured, TwoInputs, converted
 
-IMAGES = torch.randn(15, 3, 8, 8)
+IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SCALAR = torch.tensor(0.5)
 
 
@@ -42,9 +42,13 @@ class Detector(nn.Module):
 def test_outputs_of_any_structure(make: Callable[..., Any], agreement: bool) -> None:
     original = Structured(make).eval()
     student = converted(original, IMAGES[:1])
-    record = lego.calibrate_(student, original, IMAGES, epochs=8)
+    steps: list[tuple[int, int]] = []
+    record = lego.calibrate_(
+        student, original, IMAGES, epochs=8, on_batch=lambda *step: steps.append(step)
+    )
     assert record.error_after < record.error_before
-    assert record.epochs == 8  # tuning has helped
+    # Tuning ran to its end. Whether it helps so small a network depends on the random weights.
+    assert steps[-1][0] == steps[-1][1] == len(steps)
     assert (record.agreement_after is not None) == agreement
 
 
