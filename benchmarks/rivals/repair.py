@@ -188,10 +188,10 @@ def shrink_and_fit(
         front = Front((original, student), torch.split(images, BATCH))
         for number, name in enumerate(sorted(names, key=lambda n: front.steps[n].enter)):
             front.advance(name)
-            seen, held_out = sum_moments(
+            moments, held_out = sum_moments(
                 front, name, shrunk.channels.get(name), seed + SEED_STRIDE * number
             )
-            shrunk.fit(student, name, seen, held_out)
+            shrunk.fit(student, name, moments, held_out)
     return student, ratio
 
 

@@ -50,27 +50,27 @@ def gather(batches: Iterable[Any], n_images: int) -> Tensor:
     Raises:
         DataError: there are fewer than ten, or they differ in size.
     """
-    kept: Tensor | None = None
+    pixels: Tensor | None = None
     done = 0
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch[0]
-        if kept is None:
+        if pixels is None:
             shape = (n_images, *images.shape[1:])
             with tempfile.NamedTemporaryFile() as file:
                 size = torch.Size(shape).numel()
-                kept = torch.from_file(file.name, shared=True, size=size).reshape(shape)
+                pixels = torch.from_file(file.name, shared=True, size=size).reshape(shape)
         images = images[: n_images - done]
-        if images.shape[1:] != kept.shape[1:]:
+        if images.shape[1:] != pixels.shape[1:]:
             raise DataError(
-                f"the images differ in size: {tuple(images.shape[1:])}, {tuple(kept.shape[1:])}"
+                f"the images differ in size: {tuple(images.shape[1:])}, {tuple(pixels.shape[1:])}"
             )
-        kept[done : done + len(images)] = images
+        pixels[done : done + len(images)] = images
         done += len(images)
         if done == n_images:
             break
-    if kept is None or done < FEWEST:
+    if pixels is None or done < FEWEST:
         raise DataError(f"{done} images are too few to calibrate on; at least {FEWEST} are needed")
-    return kept[:done]
+    return pixels[:done]
 
 
 def calibrate_(

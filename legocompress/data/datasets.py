@@ -92,32 +92,32 @@ class Arrays(Dataset[tuple[Tensor, int]]):
 class NamedImages(Dataset[tuple[Tensor, int]]):
     """A named data set of timm; an unreadable image is an error, where timm would skip it."""
 
-    def __init__(self, found: Any, name: str, transform: Callable[..., Tensor], mode: str):
-        self.found, self.name, self.transform = found, name, transform
+    def __init__(self, dataset: Any, name: str, transform: Callable[..., Tensor], mode: str):
+        self.dataset, self.name, self.transform = dataset, name, transform
         self.convert = Converter(name, mode)
-        if isinstance(found, (DatasetFolder, Places365)):
-            found.loader = _load_image  # torchvision's own clips 16 bits
+        if isinstance(dataset, (DatasetFolder, Places365)):
+            dataset.loader = _load_image  # torchvision's own clips 16 bits
 
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.dataset)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         with _name_image(f"{self._describe(position)} of data set {self.name!r}"):
-            if isinstance(self.found, ImageDataset):
-                file, label = self.found.reader[position][:2]
+            if isinstance(self.dataset, ImageDataset):
+                file, label = self.dataset.reader[position][:2]
                 with closing(file):
                     image = self.convert(Image.open(file))
             else:
-                image, label = self.found[position]
+                image, label = self.dataset[position]
                 image = self.convert(image)
         return self.transform(image), UNLABELLED if label is None else int(label)
 
     def _describe(self, position: int) -> str:
         """Return the position, and the file's name where the data set has files."""
-        if isinstance(self.found, ImageDataset):
-            return f"{position} ({self.found.filename(position)})"
-        if isinstance(self.found, DatasetFolder):
-            return f"{position} ({self.found.samples[position][0]})"
+        if isinstance(self.dataset, ImageDataset):
+            return f"{position} ({self.dataset.filename(position)})"
+        if isinstance(self.dataset, DatasetFolder):
+            return f"{position} ({self.dataset.samples[position][0]})"
         return f"{position}"
 
 

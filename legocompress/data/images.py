@@ -89,8 +89,8 @@ def open_images(
     where = os.path.expanduser(where)
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     class_map = None if class_map is None else os.path.expanduser(class_map)
-    own, mode = preprocessing(model)
-    transform = own if transform is None else transform
+    model_transform, mode = preprocessing(model)
+    transform = model_transform if transform is None else transform
     path = Path(where)
     if path.suffix == ".npz" and path.is_file():
         images = _arrays(path, transform, mode, labels)
@@ -177,10 +177,12 @@ def _named(
     labels: bool,
 ) -> Images:
     try:
-        found = create_named(name, data_dir, split, transform, mode)
-        is_stream = isinstance(found, IterableDataset)  # which has no positions to read at
-        dataset: Any = found if is_stream else NamedImages(found, name, transform, mode)
-        size = len(found)
+        timm_dataset = create_named(name, data_dir, split, transform, mode)
+        is_stream = isinstance(timm_dataset, IterableDataset)  # which has no positions to read at
+        dataset: Any = (
+            timm_dataset if is_stream else NamedImages(timm_dataset, name, transform, mode)
+        )
+        size = len(timm_dataset)
     # Each library behind these names has errors of its own.
     except Exception as error:
         raise DataError(

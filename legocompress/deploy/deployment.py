@@ -112,12 +112,12 @@ def deploy_(
             partition.notes.append(f"{part.graph.name or '(root)'} runs by its own code: {fault}")
     _freeze_undeployed_(model, installed)
 
-    made = _combine_choices(plans, machine)
+    new_choices = _combine_choices(plans, machine)
     state = lego_state(model)
     if only is None:
-        state.choices = _add_hint(hints, made)
+        state.choices = _add_hint(hints, new_choices)
     state.deployment = Deployment(
-        choices=made,
+        choices=new_choices,
         **_count(installed),
         milliseconds={n: ms for _, plan in plans for n, ms in plan.milliseconds.items()},
         notes=tuple(partition.notes),
