@@ -32,6 +32,7 @@ from legocompress.calibrate.calibration import _keep_if_better
 from legocompress.calibrate.front import Front, steps
 from legocompress.calibrate.joint import (
     RATES,
+    JointTuning,
     copy_state,
     output_error,
     reestimate_norms_,
@@ -154,13 +155,8 @@ def prepare_tuning(
     convs = [m for m in network.modules() if type(m) is nn.Conv2d]
     with evaluating(network):
         bases = input_bases(network, convs, used)
-
-    def tune(rate: float) -> None:
-        tune_(
-            network, original, used, values, alike, repair.epochs, BATCH, repair.seed, rate, bases
-        )
-
-    return tune
+    tuning = JointTuning(network, original, used, values, alike, bases, BATCH, repair.seed)
+    return partial(tune_, tuning, repair.epochs)
 
 
 def list_targets(original: nn.Module, names: Sequence[str], images: Tensor) -> list[str]:

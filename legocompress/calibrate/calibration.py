@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.joint import (
+    JointTuning,
     agreement,
     copy_state,
     output_error,
@@ -143,12 +144,14 @@ def calibrate_(
         batches = torch.split(used, batch_size)
         norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, batches))
 
-        tune = partial(
-            _tune_together_, model, original, used, front.passed, judge,
-            epochs=epochs, batch_size=batch_size, seed=seed, on_batch=on_batch,
-        )  # fmt: skip
+        def tune_together_() -> None:
+            tuning = _prepare_tuning(model, original, used, front.passed, batch_size, seed)
+            tune_at_chosen_rate_(model, partial(tune_, tuning), judge, epochs, on_batch)
+            for _, layer in lego_modules(model):
+                write_unit_(layer, read_unit(layer))
+
         with explain_in_place("; epochs=0 (--epochs 0) repairs the layers without this tuning"):
-            tuned = epochs > 0 and _keep_if_better(model, judge, tune)
+            tuned = epochs > 0 and _keep_if_better(model, judge, tune_together_)
         record = Calibration(
             images=len(images),
             sha256=sha256,
@@ -166,33 +169,26 @@ def calibrate_(
     return record
 
 
-def _tune_together_(
+def _prepare_tuning(
     model: nn.Module,
     original: nn.Module,
     images: Tensor,
     points: Sequence[str],
-    judge: Callable[[], float],
-    *,
-    epochs: int,
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int, int], None] | None,
-) -> None:
-    """Tune all Lego values at the better rate, and round them to their storage dtypes."""
-    run = partial(
-        tune_,
-        model,
-        original,
-        images,
-        lego_values(model),
-        points,
+) -> JointTuning:
+    """All Lego values of a model, to be tuned in batches small enough for `STEPS` per epoch."""
+    layers = [layer for _, layer in lego_modules(model)]
+    return JointTuning(
+        model=model,
+        original=original,
+        images=images,
+        values=lego_values(model),
+        points=points,
+        bases=input_bases(model, layers, images),
         batch_size=min(batch_size, max(FEW, len(images) // STEPS)),
         seed=seed,
-        bases=input_bases(model, [layer for _, layer in lego_modules(model)], images),
     )
-    tune_at_chosen_rate_(model, run, judge, epochs, on_batch)
-    for _, layer in lego_modules(model):
-        write_unit_(layer, read_unit(layer))
 
 
 def lego_values(model: nn.Module) -> list[nn.Parameter]:
@@ -204,7 +200,7 @@ def lego_values(model: nn.Module) -> list[nn.Parameter]:
 def _keep_if_better(
     model: nn.Module, judge: Callable[[], float], change: Callable[[], None]
 ) -> bool:
-    """Change the model, and undo the change unless `judge` falls; return whether it was kept."""
+    """Change the model, and undo the change unless `judge` falls; return whether it stays."""
     before = judge()
     state = copy_state(model)
     change()
