@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from logging import getLogger
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from legocompress.data.pixels import convert_image
 from legocompress.errors import DataError
 
 UNLABELLED = -1
+_LOGGING = Lock()
 
 
 class Converter:
@@ -34,8 +36,11 @@ class Converter:
     def __call__(self, image: Image.Image) -> Image.Image:
         """Convert an image; a DataError continues its name."""
         converted, is_transparent = convert_image(image, self.mode)
-        if is_transparent and not self.is_logged.item():
-            self.is_logged.fill_(True)
+        if is_transparent:
+            with _LOGGING:  # threads share the mark, too
+                is_first = not self.is_logged.item()
+                self.is_logged.fill_(True)
+        if is_transparent and is_first:
             getLogger("legocompress").warning(
                 "images of %r have transparent pixels, which are blended with white", self.name
             )
@@ -74,6 +79,12 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         with _name_image(repr(path)), Image.open(path) as image:
             return self.transform(self.convert(image)), label
 
+    def open(self, position: int) -> tuple[Image.Image, int]:
+        """Read an image without the transform, and its label."""
+        path, label = self.items[position]
+        with _name_image(repr(path)), Image.open(path) as image:
+            return self.convert(image), label
+
 
 class Arrays(Dataset[tuple[Tensor, int]]):
     """Images held in memory as uint8."""
@@ -85,8 +96,13 @@ class Arrays(Dataset[tuple[Tensor, int]]):
         return len(self.pixels)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        image, label = self.open(position)
+        return self.transform(image), label
+
+    def open(self, position: int) -> tuple[Image.Image, int]:
+        """Make an image without the transform, and return its label."""
         image = Image.fromarray(self.pixels[position]).convert(self.mode)
-        return self.transform(image), int(self.labels[position])
+        return image, int(self.labels[position])
 
 
 class NamedImages(Dataset[tuple[Tensor, int]]):
