@@ -131,7 +131,8 @@ def _read_example(batches: Any) -> Tensor | None:
     None also where their number is not known before they are read.
     """
     data: Any = batches.dataset if isinstance(batches, DataLoader) else None
-    if isinstance(data, Sized) and not isinstance(data, IterableDataset):
+    has_positions = isinstance(data, Sized) and not isinstance(data, IterableDataset)
+    if has_positions:
         image, n_images = data[0][0] if len(data) else None, len(data)
     elif isinstance(batches, (list, tuple)) and batches:
         image, n_images = batches[0][0][0], sum(len(images) for images, _ in batches)

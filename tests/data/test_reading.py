@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def _standard_steps() -> list[Any]:
 
 
 def test_as_many_threads_as_pytorch_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     for n_threads, expected in ((1, 1), (3, 3), (8, 4)):
         monkeypatch.setattr(torch, "get_num_threads", lambda n_threads=n_threads: n_threads)
         assert reading.count_threads() == expected

@@ -23,9 +23,8 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-        )
+        stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(8), nn.ReLU())
         self.deep = nn.Sequential(
             nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(),
             nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8),
@@ -131,7 +130,7 @@ def test_a_network_that_does_not_trace_as_a_whole_is_evaluated() -> None:
 
 
 @pytest.mark.parametrize("case", ["float64", "three axes", "autocast"])
-def test_what_oneDNN_does_not_run_is_left_alone(case: str) -> None:  # noqa: N802
+def test_what_onednn_does_not_run_is_left_alone(case: str) -> None:
     model, example = network(), batches()[0][0][:2]
     if case == "float64":
         model, example = model.double(), example.double()
