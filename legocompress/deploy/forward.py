@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.guard import StateGuard
 from legocompress.deploy.memory_format import to_memory_format
-from legocompress.deploy.recorded import record_runs
+from legocompress.deploy.recorded import forget_tapes_, record_runs
 from legocompress.lego.surgery import Replacement
 from legocompress.models.outputs import flatten_leaves, list_container_types
 from legocompress.state.deployment import Format
@@ -61,11 +61,14 @@ class DeployedForward(Replacement):
     ) -> None:
         self.module, self.previous = graph.root, graph.root.__dict__.get("forward")
         self.graph = graph.graph_module
-        self.run: Callable[..., Any] | None = record_runs(graph.graph_module).forward
+        recorded = record_runs(graph.graph_module)
+        self.run: Callable[..., Any] | None = recorded.forward
         self.memory_format = memory_format
         self.input_kinds = [(x.device, x.dtype, x.dim()) for x in inputs]
         live = {part for called in graph.undeployed_modules() for part in called.modules()}
-        self.guard: StateGuard | None = StateGuard(graph.root, live, graph.name)
+        self.guard: StateGuard | None = StateGuard(
+            graph.root, live, graph.name, partial(forget_tapes_, recorded)
+        )
         self.warned = warned
 
     @property
