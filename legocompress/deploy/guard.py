@@ -23,6 +23,7 @@ from torch.nn.modules import module as torch_module
 
 from legocompress.deploy.hooks import empty_hook_dicts
 from legocompress.deploy.module_state import is_plain, walk_containers
+from legocompress.lego.module import lego_modules
 
 N_SAMPLES = 4  # values per tensor that are compared at each call
 _version = operator.attrgetter("_version")
@@ -99,6 +100,7 @@ class _Snapshot:
         self._classes: list[Any] = list(set(self._types))
         self._forwards = [kind.forward for kind in self._classes]
         self.digests: dict[str, bytes] = {}  # of the tensors' values, by path
+        self._layers = list(lego_modules(root))
         self._list_tensors()
 
     def _list_tensors(self) -> None:
@@ -106,6 +108,9 @@ class _Snapshot:
         self.tensors = [tensor for _, tensor in named.values()]
         # PyTorch counts the in-place changes of each tensor, but not of inference tensors.
         self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        # So are the assembled weights that were read. Reading them changes the layer's attributes.
+        watches = [layer.watch for _, layer in self._layers]
+        self._counted += [watch.counter for watch in watches if watch is not None]
         self._versions = list(map(_version, self._counted))
         self._plain = [tensor for tensor in self.tensors if _has_memory(tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._plain))
@@ -145,6 +150,9 @@ class _Snapshot:
         """The path of one value that counts and is another now; None if there is none."""
         if self._types != now._types or self._forwards != [k.forward for k in self._classes]:
             return "the class of a part"
+        for name, layer in now._layers:
+            if layer.watch is not None and layer.watch.is_written():
+                return f"{name}.weight".removeprefix(".")
         for path in {**self.entries, **now.entries}:
             if path not in self.entries or path not in now.entries:
                 return path
