@@ -160,7 +160,9 @@ class _Snapshot:
             if not _is_same(before, after) and not self._holds_same_values(path, after):
                 return path
         for path, mark in self._marks.items():
-            if now._marks.get(path) != mark and not self._holds_same_values(path, now.entries[path]):
+            if now._marks.get(path) != mark and not self._holds_same_values(
+                path, now.entries[path]
+            ):
                 return path
         return None
 

@@ -15,8 +15,8 @@ import legocompress as lego
 from legocompress.errors import DenseOnlyError
 from legocompress.lego.surgery import freeze_, to_dense
 from tests.lego.test_module import lego_
-from tests.support.deploying import deployed, runs_by_graph
 from tests.support.deploying import X as MAPS
+from tests.support.deploying import deployed, runs_by_graph
 
 X = torch.randn(2, 4, 5, 5)
 
@@ -96,7 +96,7 @@ def test_reading_and_training_are_not_refused() -> None:
     assert isinstance(to_dense(module), nn.Conv2d)
 
 
-class InPlace(StdConv2d):
+class InPlace(StdConv2d):  # type: ignore[misc]
     """Standardises its weight in place, as it may: the weight is assembled anew at each read."""
 
     def forward(self, x: Tensor) -> Tensor:
