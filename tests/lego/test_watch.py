@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.errors import DenseOnlyError
 from legocompress.lego.surgery import freeze_, to_dense
-from tests.lego.test_module import lego_
 from tests.support.deploying import X as MAPS
 from tests.support.deploying import deployed, runs_by_graph
+from tests.support.lego_layers import lego_
 
 X = torch.randn(2, 4, 5, 5)
 
