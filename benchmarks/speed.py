@@ -27,8 +27,7 @@ from benchmarks.common.arguments import make_parser
 from benchmarks.common.merges import list_merges
 from benchmarks.common.results import append_row, read_rows
 from benchmarks.common.speed_tables import KEY, format_shares, format_speeds
-from legocompress.report import rivals
-from legocompress.report.rivals import AGAINST
+from legocompress.report.rivals import AGAINST, torch_forms
 
 NETWORKS = ("resnet50", "vgg16_bn", "mobilenet_v2")
 SETTINGS = {
@@ -107,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure what is missing and print the tables."""
     args = parse_arguments()
-    rivals.COMPILE_SECONDS = args.compile_seconds
+    torch_forms.COMPILE_SECONDS = args.compile_seconds
     done = {tuple(row[name] for name in KEY) for row in read_rows(args.results)}
     cells = itertools.product(args.network, args.setting, args.batch, args.threads)
     for cell in [] if args.table else cells:

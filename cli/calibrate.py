@@ -7,11 +7,9 @@ from typing import Any
 
 import click
 from timm.utils import reparameterize_model
-from torch import nn
 
 import legocompress as lego
 from legocompress.checkpoint import check_target
-from legocompress.errors import UsageError
 from legocompress.models.source import source_of
 
 from . import render
@@ -19,6 +17,7 @@ from .calibration import open_labelled, remove_journal, run_calibration
 from .options import (
     CalibrationRequest,
     calibration_options,
+    create_recorded_original,
     device_option,
     force_option,
     json_option,
@@ -65,7 +64,7 @@ def calibrate(
     network = lego.load(checkpoint).to(torch_device)
     teacher = open_original(network, original, original_weights)
     if teacher is None:
-        teacher = _create_recorded_original(network)
+        teacher = create_recorded_original(network)
     if source_of(network).reparameterized:
         teacher = reparameterize_model(teacher)
     teacher = teacher.to(torch_device)
@@ -79,18 +78,3 @@ def calibrate(
     render.print_layer_repairs(record)
     render.print_calibration(record)
     click.echo(f"\nNext: legocompress report {target}")
-
-
-def _create_recorded_original(network: nn.Module) -> nn.Module:
-    """Create the original by the name that the compressed folder records.
-
-    Raises:
-        UsageError: the folder records no name, because its weights came from a file or are random.
-    """
-    source = source_of(network)
-    if source.library is None or source.weights.partition(" ")[0] in ("file", "random,", "unknown"):
-        raise UsageError(
-            f"the original's weights are recorded as {source.weights!r}, which is not a name that "
-            "can be loaded; give the original with --original or --original-weights"
-        )
-    return lego.create(source.weights, model_args=source.model_args)

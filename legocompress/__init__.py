@@ -33,9 +33,11 @@ from legocompress.lego.surgery import (
 )
 from legocompress.models.factory import create
 from legocompress.models.head import reset_classifier_
+from legocompress.report.benchmark_run import BenchmarkRun
+from legocompress.report.judge import Judge, open_judge
 from legocompress.report.measurement import measure
 from legocompress.report.results import Report
-from legocompress.report.versus_dense import BenchmarkRun, benchmark
+from legocompress.report.versus_dense import benchmark
 from legocompress.spec import LegoSpec, Rule
 from legocompress.state.model_state import LegoState, lego_state
 from legocompress.state.source import Source
@@ -48,6 +50,7 @@ __all__ = [
     "Deployment",
     "Evaluation",
     "Exported",
+    "Judge",
     "LegoError",
     "LegoModule",
     "LegoSpec",
@@ -78,6 +81,7 @@ __all__ = [
     "load_recipe",
     "measure",
     "open_images",
+    "open_judge",
     "open_model",
     "open_training",
     "plan",

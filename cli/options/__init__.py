@@ -14,7 +14,7 @@ from .common import (
     workers_option,
 )
 from .model import model_options, read_create_args
-from .original import open_original, original_options
+from .original import create_recorded_original, open_original, original_options
 from .several_values import SeveralValues
 from .spec import read_budget, read_spec, spec_options
 
@@ -22,6 +22,7 @@ __all__ = [
     "CalibrationRequest",
     "SeveralValues",
     "calibration_options",
+    "create_recorded_original",
     "device_option",
     "force_option",
     "json_option",

@@ -41,3 +41,18 @@ def open_original(network: nn.Module, name: str | None, weights: Path | None) ->
         raise UsageError("--original-weights needs a known architecture; name it with --original")
     full_name = f"{source.library}/{source.architecture}"
     return lego.create(full_name, weights=weights, model_args=source.model_args)
+
+
+def create_recorded_original(network: nn.Module) -> nn.Module:
+    """Create the original by the name that the compressed folder records.
+
+    Raises:
+        UsageError: the folder records no name, because its weights came from a file or are random.
+    """
+    source = source_of(network)
+    if source.library is None or source.weights.partition(" ")[0] in ("file", "random,", "unknown"):
+        raise UsageError(
+            f"the original's weights are recorded as {source.weights!r}, which is not a name that "
+            "can be loaded; give the original with --original or --original-weights"
+        )
+    return lego.create(source.weights, model_args=source.model_args)

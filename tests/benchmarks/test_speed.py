@@ -7,7 +7,7 @@ import torch
 
 import legocompress as lego
 from benchmarks.common import merges, speed_tables
-from legocompress.report import rivals
+from legocompress.report.rivals import torch_forms
 from tests.support.benchmarking import IMAGE, network
 
 
@@ -23,7 +23,7 @@ def test_other_merges_compute_the_same() -> None:
 
 @pytest.mark.slow
 def test_the_table_of_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "COMPILE_SECONDS", 0)
+    monkeypatch.setattr(torch_forms, "COMPILE_SECONDS", 0)
     run = lego.benchmark(
         network(), 1, 1, ("dense",), 2, 60, IMAGE, also=merges.list_merges
     ).to_dict()
