@@ -47,7 +47,7 @@ NETWORKS = (
 )  # fmt: skip
 REFERENCE = "OpenVINO"  # in fp32; its speed is 1
 SHRUNK_MACS = 0.5  # of the dense network's, for pruned and low-rank networks
-QUICK = {"images": 32, "judged": 100, "epochs": 0, "rounds": 5}
+QUICK = {"images": 32, "judged": 100, "epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=300, help="photos to calibrate with")
     parser.add_argument("--judged", type=int, default=1000, help="labelled images to judge by")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of tuning all layers together")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--quick", action="store_true", help=f"sets {QUICK}")
     parser.add_argument("--results", type=Path, default=Path("precision.jsonl"))
