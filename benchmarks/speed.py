@@ -1,10 +1,10 @@
-"""How fast deployed Lego networks are against the strongest dense forms.
+"""How fast deployed Lego networks are against the fastest dense forms in fp32.
 
     python -m benchmarks.speed --cache DIR --results speed.jsonl --network resnet50 --threads 1
     python -m benchmarks.speed --results speed.jsonl --table
 
-Claim: wall clock follows theory: the speed over the strongest dense form is close to the ratio of
-MACs. Prints both, with spread, memory and the merges of plain operators beside the kernel, and then
+Claim: wall clock follows theory: the speed over the fastest dense form in fp32 is close to the
+ratio of MACs. Prints both, with spread, memory and the merges of plain operators beside the kernel, and then
 what the time is made of. Takes two to five minutes per cell (network, setting, batch, threads),
 each in interleaved runs in this process. Cells in --results are not measured again.
 
