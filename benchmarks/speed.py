@@ -4,9 +4,9 @@
     python -m benchmarks.speed --results speed.jsonl --table
 
 Claim: wall clock follows theory: the speed over the fastest dense form in fp32 is close to the
-ratio of MACs. Prints both, with spread, memory and the merges of plain operators beside the kernel, and then
-what the time is made of. Takes two to five minutes per cell (network, setting, batch, threads),
-each in interleaved runs in this process. Cells in --results are not measured again.
+ratio of MACs. Prints both, with spread, memory and the merges of plain operators beside the kernel,
+and then what the time is made of. Takes two to five minutes per cell (network, setting, batch,
+threads), each in interleaved runs in this process. Cells in --results are not measured again.
 
 Networks are torchvision's at 224, with random weights: time does not depend on the values, but
 which Lego filters are used does, so the filters are clustered as usual and stored in --cache.

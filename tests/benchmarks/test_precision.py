@@ -1,4 +1,4 @@
-"""The script of the precisions: its forms name rivals, its table and plot show what was measured."""
+"""The script of the precisions: its forms name rivals; table and plot show what was measured."""
 
 from __future__ import annotations
 
