@@ -13,13 +13,16 @@ from legocompress.checkpoint import check_target
 from legocompress.models.source import source_of
 
 from . import render
-from .calibration import open_labelled, remove_journal, run_calibration
+from .calibration import make_page_sources, open_labelled, remove_journal, run_calibration
+from .html_page import write_page
 from .options import (
     CalibrationRequest,
     calibration_options,
+    check_html_target,
     create_recorded_original,
     device_option,
     force_option,
+    html_option,
     json_option,
     open_original,
     original_options,
@@ -42,6 +45,7 @@ from .options import (
 @calibration_options
 @original_options
 @device_option
+@html_option
 @force_option
 @json_option
 def calibrate(
@@ -52,6 +56,7 @@ def calibrate(
     original: str | None,
     original_weights: Path | None,
     device: str,
+    html: Path | None,
     force: bool,
     as_json: bool,
     **values: Any,
@@ -60,6 +65,7 @@ def calibrate(
     request = CalibrationRequest(data, seed=seed, **read_calibration(values))
     target = out or Path(f"{str(checkpoint).rstrip('/')}-calibrated")
     check_target(target, force)
+    check_html_target(html, force, target)
     torch_device = read_device(device)
     network = lego.load(checkpoint).to(torch_device)
     teacher = open_original(network, original, original_weights)
@@ -72,6 +78,9 @@ def calibrate(
     record = run_calibration(network, teacher, request, labelled, target, as_json)
     lego.save(network, target, force)
     remove_journal(target)
+    if html is not None:
+        sources = make_page_sources(teacher, request)
+        write_page(network, html, lego.measure(network, path=target), sources, force, as_json)
     if as_json:
         render.print_json({"out": str(target), **record.model_dump()})
         return

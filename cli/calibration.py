@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.calibrate.calibration import FEWEST
 from legocompress.calibrate.crops import open_crops
-from legocompress.data.images import Images
+from legocompress.data.images import Images, read_class_names
 from legocompress.errors import UsageError
 from legocompress.state.calibration import LabelledCheck
 
@@ -85,6 +85,25 @@ def open_labelled(original: nn.Module, request: CalibrationRequest) -> Images | 
     if images.n_classes is not None:  # one image shows the number of outputs
         lego.evaluate(original, images.sample(1).batches(1), n_classes=images.n_classes)
     return images
+
+
+def make_page_sources(original: nn.Module, request: CalibrationRequest) -> lego.ReportSources:
+    """Collect what the HTML page of a calibrated network shows beside the network.
+
+    The page compares both networks on the labelled images, if given, else on the photos that the
+    calibration has used.
+    """
+    class_names = None if request.class_map is None else read_class_names(Path(request.class_map))
+    photos = None
+    if request.labelled is not None:
+        photos = lego.open_images(request.labelled, original, request.data_dir, labels=False)
+    elif request.data != SYNTHETIC:
+        photos = lego.open_images(
+            request.data, original, request.data_dir, request.split, labels=False
+        )
+    return lego.ReportSources(
+        original, photos, photos_calibrated=request.labelled is None, class_names=class_names
+    )
 
 
 def remove_journal(target: Path) -> None:

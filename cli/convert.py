@@ -17,12 +17,15 @@ from legocompress.errors import UsageError
 from legocompress.spec import LegoSpec
 
 from . import render
-from .calibration import open_labelled, remove_journal, run_calibration
+from .calibration import make_page_sources, open_labelled, remove_journal, run_calibration
+from .html_page import write_page
 from .options import (
     CalibrationRequest,
     calibration_options,
+    check_html_target,
     device_option,
     force_option,
+    html_option,
     json_option,
     model_options,
     read_budget,
@@ -59,6 +62,7 @@ from .progress import progress_bar
 @calibration_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @device_option
+@html_option
 @force_option
 @json_option
 def convert(
@@ -68,6 +72,7 @@ def convert(
     calibration_data: str | None,
     dry_run: bool,
     device: str,
+    html: Path | None,
     force: bool,
     as_json: bool,
     **values: Any,
@@ -81,25 +86,34 @@ def convert(
     if calibration_data is None:
         refuse_calibration_options(calibration_values)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
+    if dry_run and html is not None:
+        raise UsageError("--html shows a converted network; leave out --dry-run")
     if not dry_run:
         check_target(target, force)
+        check_html_target(html, force, target)
     network = _open_dense(model, seed, read_device(device), values)
     plan = _make_plan(network, spec, budget, seed, as_json)
     if dry_run:
         _print_plan(plan, as_json)
         return
-    if calibration_data is None:
+    needs_original = calibration_data is not None or html is not None
+    original = _copy_original(network, plan) if needs_original else None
+    sources = lego.ReportSources(original)
+    record = None
+    if calibration_data is None or original is None:
         _convert(network, plan, seed, as_json)
-        record = None
     else:
         request = CalibrationRequest(calibration_data, seed=seed, **calibration_values)
-        original = _copy_original(network, plan)
         labelled = open_labelled(original, request)
+        sources = make_page_sources(original, request)
         _convert(network, plan, seed, as_json)
         record = run_calibration(network, original, request, labelled, target, as_json)
     lego.save(network, target, force)
     remove_journal(target)
-    _print_result(model, target, plan, lego.measure(network, path=target), record, as_json)
+    report = lego.measure(network, path=target)
+    if html is not None:
+        write_page(network, html, report, sources, force, as_json)
+    _print_result(model, target, plan, report, record, as_json)
 
 
 @click.command()

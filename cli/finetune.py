@@ -12,6 +12,7 @@ from torch import nn
 
 import legocompress as lego
 from legocompress.checkpoint import CONFIG
+from legocompress.data.images import Images
 from legocompress.errors import UsageError
 from legocompress.finetune.distributed import (
     Processes,
@@ -21,11 +22,16 @@ from legocompress.finetune.distributed import (
 )
 from legocompress.finetune.epoch import Epoch
 from legocompress.finetune.original import create_original
+from legocompress.finetune.run_folder import BEST
 from legocompress.models.source import source_of
+from legocompress.report.html import is_original
 
 from . import render
+from .html_page import write_page
 from .options import (
+    check_html_target,
     force_option,
+    html_option,
     json_option,
     open_original,
     original_options,
@@ -65,6 +71,7 @@ from .training_display import TrainingDisplay
 @workers_option
 @click.option("--tensorboard", is_flag=True, help="Also write events for TensorBoard.")
 @click.option("--device", help="Device to compute on. [default: cuda if there is one, else cpu]")
+@html_option
 @force_option
 @json_option
 def finetune(
@@ -80,6 +87,7 @@ def finetune(
     workers: int,
     tensorboard: bool,
     device: str | None,
+    html: Path | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -91,6 +99,7 @@ def finetune(
     recipe = lego.load_recipe(recipe_name, changes)
     _check_compressed_folder(checkpoint)
     target = out or Path(f"{checkpoint.rstrip('/')}-ft")
+    check_html_target(html, force or resume, target)
     processes = read_processes()
     torch_device = _choose_device(device, processes)
     network = lego.load(checkpoint)
@@ -130,6 +139,8 @@ def finetune(
             display.record_epoch,
         )
     if processes.first:
+        if html is not None:
+            _write_best_page(html, target, teacher, validation, force or resume, as_json)
         _print_result(target, display.epochs, as_json)
 
 
@@ -158,6 +169,24 @@ def _open_teacher(network: nn.Module, original: str | None, weights: Path | None
     if source_of(network).reparameterized:
         teacher = reparameterize_model(teacher)
     return teacher
+
+
+def _write_best_page(
+    html: Path,
+    target: Path,
+    teacher: nn.Module | None,
+    validation: Images,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Write the HTML page of the best epoch, compared with the teacher if that is the original."""
+    best = target / BEST
+    network = lego.load(best)
+    if teacher is not None:
+        network = network.to(next(teacher.parameters()).device)
+        teacher = teacher if is_original(network, teacher) else None
+    sources = lego.ReportSources(teacher, validation, run_folder=target)
+    write_page(network, html, lego.measure(network, path=best), sources, force, quiet)
 
 
 def _print_result(target: Path, epochs: list[Epoch], as_json: bool) -> None:

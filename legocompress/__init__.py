@@ -34,6 +34,7 @@ from legocompress.lego.surgery import (
 from legocompress.models.factory import create
 from legocompress.models.head import reset_classifier_
 from legocompress.report.benchmark_run import BenchmarkRun
+from legocompress.report.html import ReportSources, write_html_report
 from legocompress.report.judge import Judge, open_judge
 from legocompress.report.measurement import measure
 from legocompress.report.results import Report
@@ -58,6 +59,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Report",
+    "ReportSources",
     "Rule",
     "Source",
     "allocate",
@@ -93,4 +95,5 @@ __all__ = [
     "to_dense_",
     "train_indices_",
     "undeploy_",
+    "write_html_report",
 ]

@@ -7,8 +7,10 @@ from .calibration import (
     refuse_calibration_options,
 )
 from .common import (
+    check_html_target,
     device_option,
     force_option,
+    html_option,
     json_option,
     read_device,
     workers_option,
@@ -22,9 +24,11 @@ __all__ = [
     "CalibrationRequest",
     "SeveralValues",
     "calibration_options",
+    "check_html_target",
     "create_recorded_original",
     "device_option",
     "force_option",
+    "html_option",
     "json_option",
     "model_options",
     "open_original",

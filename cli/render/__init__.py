@@ -1,10 +1,11 @@
 """What the commands print: tables and summaries for people, JSON and YAML for scripts."""
 
+from legocompress.report.numbers import format_count, format_ratio, format_size
+
 from .benchmark import print_benchmark
 from .calibration import print_calibration, print_layer_repairs
 from .documents import print_json, print_plan_json, print_recipe
 from .evaluation import print_evaluation
-from .numbers import format_count, format_ratio, format_size
 from .plan import print_plan, print_skipped
 from .report import print_report, print_totals
 from .tables import print_table

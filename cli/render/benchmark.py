@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from legocompress.report.benchmark_run import LEGO, BenchmarkRun
+from legocompress.report.numbers import format_shape, format_size
 
-from .numbers import format_shape, format_size
 from .tables import print_table
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from legocompress.calibrate import Calibration
+from legocompress.report.numbers import format_error
 
-from .numbers import format_error
 from .tables import print_table
 
 

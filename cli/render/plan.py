@@ -7,14 +7,14 @@ from collections import Counter
 import click
 
 from legocompress.compress.plan_types import LayerPlan, Plan
-
-from .numbers import (
+from legocompress.report.numbers import (
     format_change,
     format_shape,
     format_short_count,
     format_short_size,
     format_size,
 )
+
 from .tables import print_table
 
 

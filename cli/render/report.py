@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import click
 
-from legocompress.report.results import LayerReport, Report
-
-from .numbers import (
+from legocompress.report.numbers import (
     format_change,
     format_count,
     format_error,
@@ -16,6 +14,8 @@ from .numbers import (
     format_short_size,
     format_size,
 )
+from legocompress.report.results import LayerReport, Report
+
 from .tables import print_table
 
 

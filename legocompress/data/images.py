@@ -136,12 +136,25 @@ def _open_folder(
     return Images(files, len(items), labelled, str(path), n_classes)
 
 
+def read_class_names(path: Path) -> list[str]:
+    """Read the names of a network's classes, one per line in the order of its outputs.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    return [line.strip() for line in _read_lines(path) if line.strip()]
+
+
 def _class_order(path: Path) -> dict[str, int]:
+    lines = _read_lines(path)
+    return {line.strip(): position for position, line in enumerate(lines) if line.strip()}
+
+
+def _read_lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"class map {str(path)!r} cannot be read: {error}") from error
-    return {line.strip(): position for position, line in enumerate(lines) if line.strip()}
 
 
 def _open_arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: bool) -> Images:

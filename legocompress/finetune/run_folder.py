@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import math
 import pickle  # whose error torch.load raises
 import shutil
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from legocompress.errors import CheckpointError, OutputExistsError
 from legocompress.files import write_atomically
 
 ARGS, SUMMARY, STATE, BEST, LAST = "args.yaml", "summary.csv", "state.pt", "best", "last"
+MAX_SUMMARY_ROWS = 10_000  # of epochs that are read back
 
 
 class RunFolder:
@@ -98,6 +102,19 @@ class RunFolder:
         """Write the network as the compressed folder `name`, replacing an earlier one."""
         return save(model, self.path / name, force=True)
 
+    def read_summary(self) -> list[dict[str, float]]:
+        """Read summary.csv: one row per epoch, without what is not a finite number.
+
+        Returns:
+            An empty list if there is no such file, or none that can be read.
+        """
+        try:
+            with (self.path / SUMMARY).open(encoding="utf-8", newline="") as file:
+                rows = list(islice(csv.DictReader(file), MAX_SUMMARY_ROWS))
+        except (OSError, UnicodeDecodeError, csv.Error):
+            return []
+        return [{key: float(text) for key, text in row.items() if _is_finite(text)} for row in rows]
+
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
         """Write all rows to summary.csv, in timm's format."""
         with write_atomically(self.path / SUMMARY, force=True) as file:
@@ -105,3 +122,22 @@ class RunFolder:
                 update_summary(
                     row["epoch"], row["train"], row["eval"], file, row["lr"], number == 0
                 )
+
+
+def find_run_folder(checkpoint: Path) -> Path | None:
+    """Find the run that wrote a compressed folder as its best or last epoch; None if there is none.
+
+    Args:
+        checkpoint: the compressed folder.
+    """
+    folder = checkpoint.absolute().parent
+    is_run = checkpoint.name in (BEST, LAST) and (folder / SUMMARY).is_file()
+    return folder if is_run else None
+
+
+def _is_finite(text: object) -> bool:
+    """Whether a cell is a finite number; csv has lists and None for odd rows."""
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from legocompress_cli.render.numbers import (
+
+from legocompress.report.numbers import (
     format_change,
     format_count,
     format_error,
