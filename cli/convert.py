@@ -105,7 +105,8 @@ def convert(
     else:
         request = CalibrationRequest(calibration_data, seed=seed, **calibration_values)
         labelled = open_labelled(original, request)
-        sources = make_page_sources(original, request)
+        if html is not None:
+            sources = make_page_sources(original, request)
         _convert(network, plan, seed, as_json)
         record = run_calibration(network, original, request, labelled, target, as_json)
     lego.save(network, target, force)

@@ -46,6 +46,7 @@ from .options import (
 )
 @click.option(
     "--class-map",
+    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Text file: the names of the classes on the page, in the order of the outputs.",
 )

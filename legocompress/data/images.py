@@ -142,7 +142,7 @@ def read_class_names(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read.
     """
-    return [line.strip() for line in _read_lines(path) if line.strip()]
+    return [line.strip() for line in _read_lines(path)]
 
 
 def _class_order(path: Path) -> dict[str, int]:

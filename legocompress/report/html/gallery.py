@@ -73,8 +73,10 @@ def _compare_shapes(
     modules = dict(original.named_modules())
     for name, layer in lego_modules(model):
         weight = getattr(modules.get(name), "weight", None)
+        unit = layer.lego_shape
+        kernel = () if isinstance(layer, nn.Linear) else unit.kernel
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
-        yield name, tuple(layer.weight.shape), shape
+        yield name, (unit.n_out, unit.channels, *kernel), shape
 
 
 def draw_all_filters(

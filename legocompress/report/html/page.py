@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from legocompress.errors import OutputError
 from legocompress.files import write_atomically
 from legocompress.finetune.run_folder import RunFolder
 from legocompress.models.source import source_of
-from legocompress.report.html import gallery
 from legocompress.report.html.charts import draw_layers, draw_training, shorten
+from legocompress.report.html.gallery import check_original, draw_all_filters, draw_pairs
 from legocompress.report.html.photos import Comparison, compare_on_photos
 from legocompress.report.html.sizes import compare_sizes
 from legocompress.report.html.summary import group_reasons, summarise
@@ -92,7 +93,7 @@ def write_html_report(
     sources = sources or ReportSources()
     comparison = None
     if sources.original is not None:
-        gallery.check_original(model, sources.original)
+        check_original(model, sources.original)
         if sources.photos is not None:
             comparison = compare_on_photos(
                 model, sources.original, sources.photos, sources.class_names, on_photos
@@ -136,8 +137,8 @@ def _render(
         "n_hidden": sum(1 for row in report.rows if row.weight_shape) - len(layers),
         "chart": draw_layers(layers, calibration, sources.sensitivity),
         "sensitivity": sources.sensitivity,
-        "filters": gallery.draw_all_filters(model, layers, picture_bytes),
-        "pairs": gallery.draw_pairs(model, sources.original, layers) if picture_bytes else [],
+        "filters": draw_all_filters(model, layers, picture_bytes),
+        "pairs": draw_pairs(model, sources.original, layers) if picture_bytes else [],
         "has_original": sources.original is not None,
         "comparison": comparison,
         "photos_calibrated": sources.photos_calibrated,
@@ -154,6 +155,7 @@ def _render(
     return _open_template().render(values).encode("utf-8", "backslashreplace")
 
 
+@cache
 def _open_template() -> jinja2.Template:
     """Open the template; it escapes every value, and a missing value is an error."""
     environment = jinja2.Environment(

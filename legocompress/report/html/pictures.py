@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -135,10 +136,11 @@ def draw_heat_map(values: Tensor) -> Picture:
 
     Since it has no background of its own, it suits a light and a dark page.
     """
-    is_gap = values.isnan()
-    levels = (values.nan_to_num().clamp(-1, 1) * LEVELS).round().to(torch.int64) + LEVELS
-    levels[is_gap] = 2 * LEVELS + 1
-    image = Image.fromarray(levels.to(torch.uint8).numpy(), "P")
+    # NumPy, because torch starts threads for arrays as small as these.
+    array = values.numpy()
+    levels = np.rint(np.clip(np.nan_to_num(array), -1, 1) * LEVELS) + LEVELS
+    levels[np.isnan(array)] = 2 * LEVELS + 1
+    image = Image.fromarray(levels.astype(np.uint8), "P")
     negative = [NEGATIVE] * LEVELS
     image.putpalette(
         [part for colour in (*negative, ZERO, *[POSITIVE] * LEVELS, ZERO) for part in colour]
