@@ -18,7 +18,7 @@ from legocompress.errors import (
 )
 from legocompress.finetune.epoch import Epoch
 from legocompress.finetune.loop import finetune_
-from legocompress.finetune.run_folder import RunFolder
+from legocompress.finetune.run_folder import RunFolder, find_run_folder
 from tests.support.disks import full_disk
 from tests.support.finetuning import compute_outputs, train
 from tests.support.folders import digest
@@ -122,3 +122,25 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     resumed, _ = train(compressed(), images, {}, out=out, resume=True)
     whole, _ = train(compressed(), images, {})
     assert torch.equal(compute_outputs(resumed), compute_outputs(whole))
+
+
+def test_a_summary_is_read_back_and_odd_cells_are_left_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_summary() == []
+    row = {"epoch": 0, "train": {"loss": 2.5}, "eval": {"top1": None, "top5": 7.0}, "lr": 0.1}
+    folder.write_summary([row, {**row, "epoch": 1, "lr": 0.01}])
+    first, second = folder.read_summary()
+    assert first == {"epoch": 0, "train_loss": 2.5, "eval_top5": 7.0, "lr": 0.1}
+    assert second == {**first, "epoch": 1, "lr": 0.01}
+    (tmp_path / "summary.csv").write_text("a,b,c\n1,nan,<b>\n2\n3,4,inf,5\n")
+    assert folder.read_summary() == [{"a": 1}, {"a": 2}, {"a": 3, "b": 4}]
+    (tmp_path / "summary.csv").write_bytes(b"a\n\xff\n")
+    assert folder.read_summary() == []
+
+
+def test_the_run_of_a_compressed_folder_is_found(tmp_path: Path) -> None:
+    assert find_run_folder(tmp_path / "best") is None
+    (tmp_path / "summary.csv").touch()
+    assert find_run_folder(tmp_path / "best") == tmp_path
+    assert find_run_folder(tmp_path / "last") == tmp_path
+    assert find_run_folder(tmp_path / "other") is None

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 import legocompress as lego
 from legocompress.errors import OutputError, OutputExistsError, UsageError
@@ -44,7 +43,7 @@ def run_folder(path: Path, extra: str = "note") -> Path:
     return path
 
 
-def photos(model: nn.Module, path: Path) -> Any:
+def photos(model: Any, path: Path) -> Any:
     """Twenty noisy images as a data set for a network of 8x8 images."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
     np.savez(path, images=pixels)
