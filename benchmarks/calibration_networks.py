@@ -3,10 +3,10 @@
     python -m benchmarks.calibration_networks --weights-dir weights --photos photos
 
 Claim: calibration brings the outputs nearer to the original's on photos that it did not see, and
-sizing by layer helps. Prints, per network and k, the agreement in top-1 and the relative error of
-the outputs before and after, and the error of each layer. Takes minutes (SqueezeNet, 96 views, 16
-epochs) to hours (all networks with the default settings) on one core. Rows are appended to --out
-and not measured again.
+sizing by layer helps. Prints, per network and k, the agreement in top-1, the relative error of the
+centred logits (of all outputs, where they are not classes) before and after, and the error of each
+layer. Takes minutes (SqueezeNet, 96 views, 16 epochs) to hours (all networks with the default
+settings) on one core. Rows are appended to --out and not measured again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.common.photos import draw_views
 from benchmarks.common.results import Results, Row
 from benchmarks.common.sizing import SIZINGS, add_terms_argument, make_sizing_key, size_layers
 from legocompress.calibrate.calibration import EPOCHS
-from legocompress.calibrate.joint import agreement, output_error
+from legocompress.models.output_errors import compare_outputs
 from legocompress.models.probe import evaluating
 
 BATCH = 32
@@ -67,11 +67,13 @@ def compare_calibrated(
 
     def judge(when: str) -> dict[str, float | None]:
         with evaluating(student), evaluating(network):
-            agree = partial(agreement, student, network, batches)
-            return {
-                f"error_{when}": output_error(student, network, batches),
-                f"agreement_{when}": agree() if classes else None,
-            }
+            errors = compare_outputs(student, network, batches)
+        return {
+            f"error_{when}": errors.relative,
+            f"logit_error_{when}": errors.logits if classes else None,
+            f"divergence_{when}": errors.divergence if classes else None,
+            f"agreement_{when}": errors.agreement if classes else None,
+        }
 
     before = judge("before")
     record = lego.calibrate_(student, network, calibration_views, seed=seed, epochs=epochs)
@@ -101,7 +103,8 @@ def print_networks(rows: list[Row]) -> None:
     print("\nOn views of photos that calibration did not see: before -> after")
     print(f"{'network':22s} {'k':>2s} {'views':>11s} {'top-1 agrees %':>16s} {'output error':>16s}")
     for row in rows:
-        pairs = [("agreement_before", "agreement_after"), ("error_before", "error_after")]
+        error = "error" if row.get("logit_error_after") is None else "logit_error"
+        pairs = [(f"{name}_before", f"{name}_after") for name in ("agreement", error)]
         cells = ["-" if row[a] is None else f"{row[a]:.3g} -> {row[b]:.3g}" for a, b in pairs]
         count = f"{row['n_seen']} / {row['n_unseen']}"
         print(f"{row['network']:22s} {row['k']:2d} {count:>11s} {cells[0]:>16s} {cells[1]:>16s}")

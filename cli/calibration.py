@@ -24,6 +24,8 @@ from .progress import progress_bar
 
 SYNTHETIC = "synthetic"
 CROPS_ADVISED_BELOW = 256  # photos
+FEWEST_MEASURED = 30  # photos, below which weights tell better how to spend a budget
+IMAGES_MEASURED = 384  # of the calibration images, to measure what each layer matters
 
 
 def run_calibration(
@@ -33,6 +35,7 @@ def run_calibration(
     labelled: Images | None,
     target: Path,
     quiet: bool,
+    images: Tensor | None = None,
 ) -> lego.Calibration:
     """Calibrate a network in place, and measure its accuracy if labelled images are given.
 
@@ -44,21 +47,22 @@ def run_calibration(
         target: the folder that will be written; finished layers are stored next to it until
             `remove_journal`.
         quiet: show no progress bar.
+        images: what `open_calibration_images` returned; by default it is called.
 
     Raises:
         UsageError: crops of synthetic images.
     """
-    if request.data == SYNTHETIC and request.crops > 1:
-        raise UsageError("--crops takes parts of photos; leave it out with synthetic images")
+    if images is None:
+        images = open_calibration_images(original, request, quiet)
     if labelled is None:
-        return _calibrate(network, original, request, target, quiet)
+        return _calibrate(network, original, request, target, quiet, images)
 
     def evaluate(teacher: nn.Module | None) -> lego.Evaluation:
         batches = labelled.batches(request.batch_size, request.workers)
         return lego.evaluate(network, batches, teacher, labelled.n_classes)
 
     before = evaluate(original)
-    record = _calibrate(network, original, request, target, quiet)
+    record = _calibrate(network, original, request, target, quiet, images)
     accuracy = LabelledCheck(
         images=before.images,
         original=_require_accuracy(before.original_top1),
@@ -66,6 +70,63 @@ def run_calibration(
         after=_require_accuracy(evaluate(None).top1),
     )
     return _update_record(network, record, accuracy=accuracy)
+
+
+def open_calibration_images(
+    original: nn.Module, request: CalibrationRequest, quiet: bool
+) -> Tensor:
+    """Read or synthesise the images to calibrate with: (N, c, H, W), preprocessed.
+
+    Raises:
+        UsageError: crops of synthetic images.
+        DataError: the images cannot be read, or are too few.
+    """
+    if request.data == SYNTHETIC and request.crops > 1:
+        raise UsageError("--crops takes parts of photos; leave it out with synthetic images")
+    make_images = _synthesise_images if request.data == SYNTHETIC else _read_photos
+    with progress_bar(quiet) as bar:
+        return make_images(original, request, bar)
+
+
+def measure_sensitivity(
+    network: nn.Module,
+    spec: lego.LegoSpec,
+    images: Tensor,
+    request: CalibrationRequest,
+    target: Path | None,
+    quiet: bool,
+) -> lego.Sensitivity | None:
+    """Measure how much each layer matters, by which a budget is spent.
+
+    Args:
+        network: the dense network.
+        spec: which layers.
+        images: to calibrate with; the first of them are used.
+        request: what the options ask for.
+        target: the folder that will be written; finished layers are stored next to it.
+        quiet: show no progress bar.
+
+    Returns:
+        None, with one line on standard error, where the images are synthetic or too few.
+    """
+    if request.data == SYNTHETIC or len(images) < FEWEST_MEASURED:
+        click.echo(
+            f"the budget is spent by the errors of the weights, since fewer than {FEWEST_MEASURED} "
+            "photos are there to measure what each layer matters",
+            err=True,
+        )
+        return None
+    with progress_bar(quiet) as bar:
+        task = bar.add_task("measuring layers", total=None)
+        return lego.sensitivity(
+            network,
+            images[:IMAGES_MEASURED],
+            spec,
+            batch_size=request.batch_size,
+            seed=request.seed,
+            journal=None if target is None else _journal_folder(target) / "sensitivity",
+            on_layer=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def open_labelled(original: nn.Module, request: CalibrationRequest) -> Images | None:
@@ -121,12 +182,10 @@ def _calibrate(
     request: CalibrationRequest,
     target: Path,
     quiet: bool,
+    images: Tensor,
 ) -> lego.Calibration:
     """Calibrate with progress bars; finished layers are stored for a resume."""
-    is_synthetic = request.data == SYNTHETIC
-    make_images = _synthesise_images if is_synthetic else _read_images
     with progress_bar(quiet) as bar:
-        images = make_images(original, request, bar)
         layers = bar.add_task("layers", total=sum(1 for _ in lego.lego_modules(network)))
         joint = bar.add_task("all together", total=None, visible=request.epochs > 0)
         try:
@@ -137,7 +196,7 @@ def _calibrate(
                 seed=request.seed,
                 epochs=request.epochs,
                 batch_size=request.batch_size,
-                synthetic=is_synthetic,
+                synthetic=request.data == SYNTHETIC,
                 journal=_journal_folder(target),
                 on_layer=lambda row: bar.advance(layers),
                 on_batch=lambda done, total: bar.update(joint, completed=done, total=total),
@@ -166,7 +225,7 @@ def _require_accuracy(top1: float | None) -> float:
     return top1
 
 
-def _read_images(original: nn.Module, request: CalibrationRequest, bar: Progress) -> Tensor:
+def _read_photos(original: nn.Module, request: CalibrationRequest, bar: Progress) -> Tensor:
     """Read the images into one tensor (N, c, H, W), preprocessed for the original."""
     images = open_crops(
         request.data,
@@ -178,10 +237,15 @@ def _read_images(original: nn.Module, request: CalibrationRequest, bar: Progress
         request.split,
     )
     _advise_crops(images.size, request)
+    return read_images(images, request.batch_size, request.workers, bar)
+
+
+def read_images(images: Images, batch_size: int, workers: int, bar: Progress) -> Tensor:
+    """Read all images of a data set into one tensor (N, c, H, W), with a progress bar."""
     task = bar.add_task("reading images", total=images.size)
 
     def batches() -> Iterator[Tensor]:
-        for batch, _ in images.batches(request.batch_size, request.workers):
+        for batch, _ in images.batches(batch_size, workers):
             yield batch
             bar.advance(task, len(batch))
 

@@ -13,11 +13,19 @@ from torch import nn
 
 import legocompress as lego
 from legocompress.checkpoint import check_target
+from legocompress.compress.budget import check_budget
 from legocompress.errors import UsageError
 from legocompress.spec import LegoSpec
 
 from . import render
-from .calibration import make_page_sources, open_labelled, remove_journal, run_calibration
+from .calibration import (
+    make_page_sources,
+    measure_sensitivity,
+    open_calibration_images,
+    open_labelled,
+    remove_journal,
+    run_calibration,
+)
 from .html_page import write_page
 from .options import (
     CalibrationRequest,
@@ -59,6 +67,12 @@ from .progress import progress_bar
     metavar="DATA",
     help="Calibrate with unlabelled images: a folder, .npz file, timm data set, or 'synthetic'.",
 )
+@click.option(
+    "--spend-by",
+    type=click.Choice(["weights", "images"]),
+    default="weights",
+    help="What a budget is spent by: errors of weights, or losses on the images of --calibrate.",
+)
 @calibration_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @device_option
@@ -70,6 +84,7 @@ def convert(
     out: Path | None,
     seed: int,
     calibration_data: str | None,
+    spend_by: str,
     dry_run: bool,
     device: str,
     html: Path | None,
@@ -85,6 +100,11 @@ def convert(
     calibration_values = read_calibration(values)
     if calibration_data is None:
         refuse_calibration_options(calibration_values)
+    if spend_by == "images" and (calibration_data is None or not budget):
+        raise UsageError(
+            "--spend-by images needs a budget and images; give --max-size or --max-macs, and "
+            "--calibrate DATA"
+        )
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if dry_run and html is not None:
         raise UsageError("--html shows a converted network; leave out --dry-run")
@@ -92,29 +112,38 @@ def convert(
         check_target(target, force)
         check_html_target(html, force, target)
     network = _open_dense(model, seed, read_device(device), values)
-    plan = _make_plan(network, spec, budget, seed, as_json)
+    request = images = labelled = sensitivity = None
+    if calibration_data is not None:
+        request = CalibrationRequest(calibration_data, seed=seed, **calibration_values)
+        labelled = open_labelled(network, request)
+        if spend_by == "images":
+            check_budget(spec, budget)  # before minutes of measuring
+            images = open_calibration_images(network, request, as_json)
+            sensitivity = measure_sensitivity(
+                network, spec, images, request, None if dry_run else target, as_json
+            )
+    plan = _make_plan(network, spec, budget, seed, as_json, sensitivity)
     if dry_run:
         _print_plan(plan, as_json)
         return
-    needs_original = calibration_data is not None or html is not None
+    needs_original = request is not None or html is not None
     original = _copy_original(network, plan) if needs_original else None
     sources = lego.ReportSources(original)
     record = None
-    if calibration_data is None or original is None:
+    if request is None or original is None:
         _convert(network, plan, seed, as_json)
     else:
-        request = CalibrationRequest(calibration_data, seed=seed, **calibration_values)
-        labelled = open_labelled(original, request)
         if html is not None:
             sources = make_page_sources(original, request)
         _convert(network, plan, seed, as_json)
-        record = run_calibration(network, original, request, labelled, target, as_json)
+        record = run_calibration(network, original, request, labelled, target, as_json, images)
     lego.save(network, target, force)
     remove_journal(target)
+    expected = None if sensitivity is None else _add_up_losses(network, sensitivity)
     report = lego.measure(network, path=target)
     if html is not None:
         write_page(network, html, report, sources, force, as_json)
-    _print_result(model, target, plan, report, record, as_json)
+    _print_result(model, target, plan, report, record, expected, as_json)
 
 
 @click.command()
@@ -141,8 +170,23 @@ def _open_dense(model: str, seed: int, device: torch.device, values: dict[str, A
     return network
 
 
+def _add_up_losses(network: nn.Module, sensitivity: lego.Sensitivity) -> tuple[float, bool]:
+    """The sum of the losses of all converted layers, and whether they are KL divergences."""
+    errors = {
+        name: layer.weight_error
+        for name, layer in lego.lego_modules(network)
+        if layer.weight_error is not None
+    }
+    return sensitivity.add_up(errors), sensitivity.divergence
+
+
 def _make_plan(
-    network: nn.Module, spec: LegoSpec, budget: dict[str, float], seed: int, quiet: bool
+    network: nn.Module,
+    spec: LegoSpec,
+    budget: dict[str, float],
+    seed: int,
+    quiet: bool,
+    sensitivity: lego.Sensitivity | None = None,
 ) -> lego.Plan:
     """Plan the conversion; with a budget, first choose m, o and k of every layer."""
     if budget:
@@ -152,7 +196,9 @@ def _make_plan(
             def on_layer(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
 
-            spec = lego.allocate(network, spec, **budget, seed=seed, on_layer=on_layer)
+            spec = lego.allocate(
+                network, spec, **budget, seed=seed, sensitivity=sensitivity, on_layer=on_layer
+            )
     return lego.plan(network, spec)
 
 
@@ -181,11 +227,13 @@ def _print_result(
     plan: lego.Plan,
     report: lego.Report,
     record: lego.Calibration | None,
+    expected: tuple[float, bool] | None,
     as_json: bool,
 ) -> None:
     if as_json:
         values = {"out": str(target), **report.totals(), "skipped": plan.skipped}
         values["calibration"] = None if record is None else record.model_dump()
+        values["expected_loss"] = None if expected is None else expected[0]
         render.print_json(values)
         return
     click.echo(f"{model} -> {target}: {len(plan.layers)} of {len(plan.rows)} layers converted")
@@ -193,4 +241,6 @@ def _print_result(
     render.print_totals(report)
     if record is not None:
         render.print_calibration(record)
+    if expected is not None:
+        render.print_sum(expected[0], record, expected[1])
     click.echo(f"\nNext: legocompress report {target}")

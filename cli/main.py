@@ -10,6 +10,7 @@ import click
 
 from legocompress.errors import LegoError
 
+from .analyze import analyze
 from .benchmark import benchmark
 from .calibrate import calibrate
 from .convert import convert, inspect
@@ -33,7 +34,8 @@ def cli(debug: bool) -> None:
 
 
 COMMANDS = (
-    convert, inspect, calibrate, finetune, recipes, report, evaluate, benchmark, export, push, demo,
+    convert, inspect, analyze, calibrate, finetune, recipes, report, evaluate, benchmark, export,
+    push, demo,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -4,9 +4,11 @@ from importlib.metadata import version
 
 from legocompress.calibrate import Calibration, synthesise
 from legocompress.calibrate.calibration import calibrate_, gather
+from legocompress.calibrate.layer_losses import sensitivity
 from legocompress.checkpoint import load, open_model, save
 from legocompress.compress.budget import allocate
 from legocompress.compress.convert import convert_
+from legocompress.compress.losses import Sensitivity
 from legocompress.compress.plan_types import Plan
 from legocompress.compress.planning import plan
 from legocompress.data.evaluation import Evaluation
@@ -61,6 +63,7 @@ __all__ = [
     "Report",
     "ReportSources",
     "Rule",
+    "Sensitivity",
     "Source",
     "allocate",
     "benchmark",
@@ -90,6 +93,7 @@ __all__ = [
     "push",
     "reset_classifier_",
     "save",
+    "sensitivity",
     "synthesise",
     "to_dense",
     "to_dense_",

@@ -34,13 +34,13 @@ from legocompress.calibrate.joint import (
     RATES,
     JointTuning,
     copy_state,
-    output_error,
     reestimate_norms_,
     tune_,
 )
 from legocompress.calibrate.layers import DAMPING, HELD_OUT, SAMPLES, sample
 from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.stream import run_to
+from legocompress.models.output_errors import compare_outputs
 from legocompress.models.probe import evaluating
 
 SHRINKS: dict[str, dict[str, Shrink]] = {"svd": SVD, "tucker": TUCKER, "pruning": PRUNING}
@@ -95,7 +95,7 @@ def compress(
     with evaluating(original):
         targets = list_targets(original, names, images)
         variants = make_variants(method, original, names, images, budget, repair.seed)
-        judges = {v: partial(output_error, n, original, judged) for v, (n, _) in variants.items()}
+        judges = {v: make_judge(n, original, judged) for v, (n, _) in variants.items()}
         for variant, (network, _) in variants.items():
             with evaluating(network):
                 renew = partial(reestimate_norms_, network, torch.split(used, BATCH))
@@ -110,6 +110,13 @@ def compress(
     facts = {"variant": best, "ratio": ratio, "rate": rate, "held_out_error": error}
     costs = {"bytes": count_stored_bytes(network), "macs": count_macs(network)}
     return network, {**facts, **costs}
+
+
+def make_judge(
+    network: nn.Module, original: nn.Module, batches: Sequence[Tensor]
+) -> Callable[[], float]:
+    """A function that measures the error by which calibration judges, too."""
+    return lambda: compare_outputs(network, original, batches).deciding
 
 
 def make_variants(

@@ -8,6 +8,7 @@ from .documents import print_json, print_plan_json, print_recipe
 from .evaluation import print_evaluation
 from .plan import print_plan, print_skipped
 from .report import print_report, print_totals
+from .sensitivity import print_rules, print_sensitivity, print_sum
 from .tables import print_table
 
 __all__ = [
@@ -23,7 +24,10 @@ __all__ = [
     "print_plan_json",
     "print_recipe",
     "print_report",
+    "print_rules",
+    "print_sensitivity",
     "print_skipped",
+    "print_sum",
     "print_table",
     "print_totals",
 ]

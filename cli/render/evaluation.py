@@ -13,7 +13,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
     _print_percentage("top-1", evaluation.top1, evaluation.original_top1)
     _print_percentage("top-5", evaluation.top5, evaluation.original_top5)
     _print_percentage("agreement", evaluation.agreement, None)
-    if evaluation.output_error is not None:
+    if evaluation.logit_error is not None:
+        click.echo(f"logit error  {evaluation.logit_error:.4f} (relative, of centred logits)")
+        click.echo(f"divergence   {evaluation.divergence:.4f} (KL of original and compressed)")
+    elif evaluation.output_error is not None:
         click.echo(
             f"output error {evaluation.output_error:.4f} (relative to the original's outputs)"
         )

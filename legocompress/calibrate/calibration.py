@@ -20,9 +20,7 @@ from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.joint import (
     JointTuning,
-    agreement,
     copy_state,
-    output_error,
     reestimate_norms_,
     tune_,
     tune_at_chosen_rate_,
@@ -35,6 +33,7 @@ from legocompress.errors import DataError
 from legocompress.lego.module import lego_modules
 from legocompress.models.checks import check_network
 from legocompress.models.in_place import explain_in_place
+from legocompress.models.output_errors import OutputErrors, compare_outputs
 from legocompress.models.probe import evaluating
 from legocompress.state.calibration import Calibration, LayerRepair
 from legocompress.state.model_state import lego_state
@@ -96,7 +95,8 @@ def calibrate_(
     2. Norm statistics are re-estimated.
     3. All Lego filters and coefficients are tuned together.
 
-    One image in five is held out. Steps 2 and 3 are undone where the held-out error does not fall.
+    One image in five is held out. Steps 2 and 3 are undone where the held-out error does not fall:
+    that of the centred logits for classifiers, the relative error for others (`OutputErrors`).
     The record is stored as `lego_state(model).calibration`. The same seed gives the same result on
     the same machine. On a CPU, with glibc, memory of feature maps is reused meanwhile and returned
     at the end.
@@ -137,8 +137,12 @@ def calibrate_(
         stack.enter_context(evaluating(model))
         stack.enter_context(evaluating(original))
         check_outputs(model, original, used[:2])
-        judge = partial(output_error, model, original, hold_out)
-        before, agreed = judge(), agreement(model, original, hold_out)
+        compare = partial(compare_outputs, model, original, hold_out)
+        before = compare()
+
+        def judge() -> float:
+            return compare().deciding
+
         front = Front((original, model), torch.split(images.to(device), batch_size))
         sha256 = hash_tensors(images)
         key = f"{sha256} {hash_states(model, original)} {seed} {batch_size}"
@@ -166,14 +170,23 @@ def calibrate_(
             seed=seed,
             epochs=epochs if tuned else 0,
             norms=norms,
-            error_before=before,
-            error_after=judge(),
-            agreement_before=agreed,
-            agreement_after=agreement(model, original, hold_out),
+            **describe_errors(before, "before"),
+            **describe_errors(compare(), "after"),
             layers=rows,
         )
     lego_state(model).calibration = record
     return record
+
+
+def describe_errors(errors: OutputErrors, when: str) -> dict[str, Any]:
+    """The fields of a calibration record that tell the errors `before` or `after`."""
+    values = {
+        "error": errors.relative,
+        "logit_error": errors.logits,
+        "divergence": errors.divergence,
+        "agreement": errors.agreement,
+    }
+    return {f"{name}_{when}": value for name, value in values.items()}
 
 
 def _prepare_tuning(

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from legocompress.errors import DataError
-from legocompress.models.outputs import find_logits, flatten_float_tensors
+from legocompress.models.outputs import flatten_float_tensors
 
 RATES = (4e-3, 1e-3)  # a network without norms can diverge at the higher one
 TRIAL = 16  # a trial of a rate takes 1/16 of the epochs
@@ -25,45 +24,6 @@ LEAD = 1.3  # short trials favour low rates, so a lower rate must win by more th
 WARM_UP = 0.1
 PURE = 0.25  # share of the steps, at the end, without augmentation
 OUTPUTS = 0.25  # weight of the outputs of the network against the mean over the inner maps
-
-
-def output_error(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float:
-    """Relative error ||y - y'|| / ||y|| of all outputs, over batches (N, c, H, W)."""
-    error = energy = 0.0
-    with torch.no_grad():
-        for images in batches:
-            targets = flatten_float_tensors(original(images))
-            outputs = flatten_float_tensors(model(images))
-            _check_same_shapes(targets, outputs)
-            for target, output in zip(targets, outputs, strict=True):
-                error += float((target.double() - output).square().sum())
-                energy += float(target.double().square().sum())
-    return float((error / max(energy, 1e-30)) ** 0.5)
-
-
-def _check_same_shapes(targets: list[Tensor], outputs: list[Tensor]) -> None:
-    """Raise DataError if the tensors of two networks cannot be compared one by one."""
-    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (targets, outputs)]
-    if shapes[0] != shapes[1]:
-        raise DataError(
-            f"the original returns tensors of shapes {shapes[0]} and the converted network "
-            f"{shapes[1]}, so their outputs cannot be compared; calibrate a part of the networks "
-            "that returns feature maps"
-        )
-
-
-def agreement(model: nn.Module, original: nn.Module, batches: Sequence[Tensor]) -> float | None:
-    """Percentage of images with the same first class; None for outputs without (N, classes)."""
-    same = total = 0
-    with torch.no_grad():
-        for images in batches:
-            target = find_logits(original(images), len(images))
-            output = find_logits(model(images), len(images))
-            if target is None or output is None:
-                return None
-            same += int((target.argmax(1) == output.argmax(1)).sum())
-            total += len(images)
-    return 100 * same / total
 
 
 def reestimate_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from legocompress.files import write_atomically
 from legocompress.lego.module import LegoModule
 from legocompress.state.calibration import LayerRepair
+
+RowT = TypeVar("RowT", bound=BaseModel)
 
 
 def hash_tensors(*tensors: Tensor) -> str:
@@ -56,6 +61,37 @@ class Journal:
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+
+
+class RowJournal:
+    """A folder of measured rows, one JSON file each; files of other measurements are ignored.
+
+    Args:
+        folder: created if it does not exist.
+        key: identifies the measurement by its network, images and settings.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, name: str, row: BaseModel) -> None:
+        """Write the row of one layer."""
+        with write_atomically(self._path(name), force=True) as path:
+            path.write_text(json.dumps({"key": self.key, "row": row.model_dump(mode="json")}))
+
+    def take(self, name: str, kind: type[RowT]) -> RowT | None:
+        """Read the row of a layer, if this same measurement has written it."""
+        try:
+            values = json.loads(self._path(name).read_text())
+            if values["key"] != self.key:
+                return None
+            return kind.model_validate_json(json.dumps(values["row"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
 
 
 def hash_states(*networks: nn.Module) -> str:

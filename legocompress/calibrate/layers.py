@@ -15,6 +15,7 @@ from legocompress.calibrate.moments import Moments
 from legocompress.calibrate.solve import fit_unit
 from legocompress.calibrate.stream import Call, run_to
 from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import balance_scales, round_to_storage
 from legocompress.lego.unit import LegoUnit
 from legocompress.state.calibration import LayerRepair
@@ -56,7 +57,7 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
     moments, held_out = _sum_moments(front, name, layer, seed)
     if not (math.isfinite(moments.energy) and bool(moments.square.isfinite().all())):
         return LayerRepair(name=name, note="its inputs hold NaN or infinity")
-    before = held_out.error(_pad_channels(layer, calls[0].weight))
+    before = held_out.error(pad_channels(layer.lego_shape, calls[0].weight))
     if not moments.energy:
         return LayerRepair(name=name, note="the original's outputs are zero")
     if before < EXACT:
@@ -64,7 +65,7 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
     state = {key: value.clone() for key, value in layer.state_dict().items()}
     write_unit_(layer, fit_unit(layer.lego_shape, read_unit(layer), moments, held_out, seed))
     # Read the effective weight again, since the class of the layer may standardise it.
-    after = held_out.error(_pad_channels(layer, next(_calls(front, name))[1][0].weight))
+    after = held_out.error(pad_channels(layer.lego_shape, next(_calls(front, name))[1][0].weight))
     if not after < before:
         layer.load_state_dict(state)
         after = before
@@ -97,7 +98,7 @@ def _sum_moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple
         for target, call in zip(theirs, ours, strict=True):
             image, position = sample(len(call.x), math.prod(call.size), per_call, generator)
             is_held_out = (image + first) % HELD_OUT == HELD_OUT - 1
-            filters = _pad_channels(layer, target.weight)
+            filters = pad_channels(layer.lego_shape, target.weight)
             x = call.patches(image, position, channels).float()
             original_x = target.patches(image, position, channels).float()
             y = torch.einsum("pgd,gnd->pgn", original_x, filters)
@@ -110,9 +111,8 @@ def _sum_moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple
     return both[0], both[1]
 
 
-def _pad_channels(layer: LegoModule, weight: Tensor) -> Tensor:
+def pad_channels(shape: UnitShape, weight: Tensor) -> Tensor:
     """A dense weight (n, c/g, kh, kw) as filters (g, n/g, D) with the unit's padded channels."""
-    shape = layer.lego_shape
     missing = shape.n_split * shape.width - shape.channels
     filters = F.pad(weight.float(), (0, 0, 0, 0, 0, missing))
     return filters.reshape(shape.groups, shape.n_out // shape.groups, -1)

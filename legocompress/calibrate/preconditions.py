@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from legocompress.errors import ConversionError, DataError, first_line
 from legocompress.lego.module import lego_modules
 from legocompress.models.inputs import check_one_input
-from legocompress.models.outputs import flatten_float_tensors, is_list_of_results
+from legocompress.models.outputs import (
+    find_logits,
+    flatten_float_tensors,
+    is_list_of_results,
+)
 
 BACKBONES = ("backbone.body", "backbone")  # of torchvision's detectors, the innermost first
 
@@ -51,24 +55,39 @@ def check_outputs(model: nn.Module, original: nn.Module, images: Tensor) -> None
         DataError: a network refuses the images, or returns no tensors or a list of detections.
     """
     for kind, network in (("converted network", model), ("original", original)):
-        try:
-            output = network(images)
-        # The code of a network may refuse its input with any exception.
-        except Exception as error:
-            raise DataError(
-                f"the {kind} refuses images of shape {tuple(images.shape)}: {first_line(error)}"
-                f"{_advise_part(network)}"
-            ) from error
-        if is_list_of_results(output):
-            raise DataError(
-                f"{type(network).__name__} returns a list of results for each image, which "
-                f"calibration cannot compare{_advise_part(network)}"
-            )
-        if not flatten_float_tensors(output):
-            raise DataError(
-                f"the output of {type(network).__name__} has no floating-point tensor that could "
-                f"be compared{_advise_part(network)}"
-            )
+        _run(kind, network, images)
+
+
+def check_runs(model: nn.Module, images: Tensor) -> bool:
+    """Run a network on some images; return whether its outputs are logits of several classes.
+
+    Raises:
+        DataError: as `check_outputs` does.
+    """
+    logits = find_logits(_run("network", model, images), len(images))
+    return logits is not None and logits.shape[1] > 1
+
+
+def _run(kind: str, network: nn.Module, images: Tensor) -> Any:
+    try:
+        output = network(images)
+    # The code of a network may refuse its input with any exception.
+    except Exception as error:
+        raise DataError(
+            f"the {kind} refuses images of shape {tuple(images.shape)}: {first_line(error)}"
+            f"{_advise_part(network)}"
+        ) from error
+    if is_list_of_results(output):
+        raise DataError(
+            f"{type(network).__name__} returns a list of results for each image, which "
+            f"calibration cannot compare{_advise_part(network)}"
+        )
+    if not flatten_float_tensors(output):
+        raise DataError(
+            f"the output of {type(network).__name__} has no floating-point tensor that could "
+            f"be compared{_advise_part(network)}"
+        )
+    return output
 
 
 def _advise_part(network: nn.Module) -> str:

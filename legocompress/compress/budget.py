@@ -6,7 +6,8 @@ hold most weights and do little. One m for all of them spends bytes or MACs wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from legocompress.compress.forms import (
     read_settings,
     size_form,
 )
+from legocompress.compress.losses import Sensitivity
 from legocompress.compress.plan_types import Plan
 from legocompress.compress.planning import plan
 from legocompress.compress.prices import Form, choose_forms
@@ -31,6 +33,8 @@ from legocompress.errors import PlanError, SpecError
 from legocompress.spec import LegoSpec, Rule
 
 CORRECTIONS = 8  # rounds that replace estimated costs; then only measured forms are chosen from
+
+Predictor = Callable[[float], float]  # from squared relative weight error to loss
 
 
 def allocate(
@@ -41,13 +45,15 @@ def allocate(
     max_macs: float | None = None,
     seed: int = 0,
     example_input: Tensor | Any | None = None,
+    sensitivity: Sensitivity | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> LegoSpec:
     """Choose m, o and k of each layer so that the network keeps to a budget.
 
-    Each layer is clustered at several m, o and k. The quality of a choice is the product over the
-    layers of the energy that is left of their weights, 1 minus the squared relative error. The
-    largest product within the budget is searched by prices on both costs (Everett, 1963).
+    Each layer is clustered at several m, o and k. With a sensitivity, the quality of a choice is
+    the sum over the layers of the losses that were measured on images. Without, it is the product
+    of the energy that is left of their weights, 1 minus the squared relative error. The best choice
+    within the budget is searched by prices on both costs (Everett, 1963).
 
     Args:
         model: the dense network, which stays as it is.
@@ -58,6 +64,7 @@ def allocate(
             filters that a split uses are counted, since the kernels skip the others.
         seed: of the clustering.
         example_input: as `plan` takes it.
+        sensitivity: what `lego.sensitivity` measured on this network.
         on_layer: called with the number of layers done and the number of all layers.
 
     Returns:
@@ -65,14 +72,14 @@ def allocate(
 
     Raises:
         SpecError: there is no budget, nothing meets it, the dense network meets it, or a rule
-            sets m or o.
+            sets m or o, or the sensitivity lacks a layer.
         PlanError: no layer can be converted, the model is converted already, or it could not be run
             to count its MACs.
         UsageError: the model is wrapped, compiled or scripted.
         ConversionError: a layer's weights hold NaN or infinity, or are on the meta device.
     """
     spec = LegoSpec() if spec is None else spec
-    budget = _check_budget(spec, {"max_size": max_size, "max_macs": max_macs})
+    budget = check_budget(spec, {"max_size": max_size, "max_macs": max_macs})
     smallest = spec.model_copy(update={"m": SHARES[0], "o": 1})
     base = plan(model, smallest, example_input)
     if not base.layers:
@@ -80,15 +87,31 @@ def allocate(
     if max_macs is not None and not base.dense_macs:
         raise PlanError(f"max_macs cannot be met, since the MACs could not be counted: {base.note}")
     layers = select_planned_layers(fuse_for_plan(model) if base.reparameterize else model, base)
+    predictors = _make_predictors(sensitivity, base)
     choices = []
     for done, (name, row) in enumerate(base.layers.items(), 1):
-        choices.append(list_forms(layers[name], row, seed))
+        choices.append(list_forms(layers[name], row, seed, predictors[name]))
         if on_layer is not None:
             on_layer(done, len(layers))
-    return _make_spec(spec, base, _choose_measured_forms(budget, base, choices, layers, seed))
+    chosen = _choose_measured_forms(budget, base, choices, layers, seed, predictors)
+    return _make_spec(spec, base, chosen)
 
 
-def _check_budget(spec: LegoSpec, limits: dict[str, float | None]) -> dict[str, float]:
+def _make_predictors(sensitivity: Sensitivity | None, base: Plan) -> dict[str, Predictor | None]:
+    """For each layer the function from squared weight error to loss; None without a sensitivity."""
+    if sensitivity is None:
+        return dict.fromkeys(base.layers)
+    for name in base.layers:
+        sensitivity.predict(name, 0.0)  # an unknown layer fails before anything is clustered
+    return {name: partial(sensitivity.predict, name) for name in base.layers}
+
+
+def check_budget(spec: LegoSpec, limits: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the limits that are given, by name, after checking that they can be meant.
+
+    Raises:
+        SpecError: there is no limit, one is not in (0, 1], or a rule of the spec sets m or o.
+    """
     budget = {name: limit for name, limit in limits.items() if limit is not None}
     if not budget:
         raise SpecError("a budget is needed: max_size, max_macs or both")
@@ -112,6 +135,7 @@ def _choose_measured_forms(
     choices: Sequence[list[Form]],
     layers: dict[str, nn.Conv2d | nn.Linear],
     seed: int,
+    predictors: Mapping[str, Predictor | None],
 ) -> list[Form]:
     """Choose forms by measured costs: cluster what was chosen by an estimate, and repeat."""
     for _ in range(CORRECTIONS):
@@ -122,7 +146,9 @@ def _choose_measured_forms(
             if choice.estimated and choice.shape is not None:
                 shape, spec = size_form(row, *read_settings(choice.shape))
                 measured = cluster_forms(layers[row.name], row, [shape], seed)[shape]
-                options[options.index(choice)] = make_form(row, shape, spec, *measured, False)
+                options[options.index(choice)] = make_form(
+                    row, shape, spec, *measured, False, predictors[row.name]
+                )
     measured_only = [[choice for choice in options if not choice.estimated] for options in choices]
     return choose_forms(budget, base, measured_only)
 

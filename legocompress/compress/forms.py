@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -26,8 +26,21 @@ STEP = 0.0625  # distance of the values of m to choose from, up to 1
 TINY = 1e-12  # smallest squared error, whose logarithm is finite
 
 
-def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[Form]:
-    """List the forms of one layer: dense first, then its Lego forms."""
+def list_forms(
+    layer: nn.Conv2d | nn.Linear,
+    row: LayerPlan,
+    seed: int,
+    predict_loss: Callable[[float], float] | None = None,
+) -> list[Form]:
+    """List the forms of one layer: dense first, then its Lego forms.
+
+    Args:
+        layer: the layer.
+        row: its plan.
+        seed: of the clustering.
+        predict_loss: what a form loses, from the squared relative error of its weight; by default
+            `signal_lost`.
+    """
     choices = [Form(None, 0.0, row.dense_bits, row.dense_macs or 0)]
     n_out = row.weight_shape[0]
     for o in SPLITS:
@@ -41,7 +54,10 @@ def list_forms(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> list[
                 if explain_no_gain(shape, spec, row.dense_bits) is None:
                     share = min(max(shares[n_lego], 0.0), 1.0)
                     estimated = share < 1 and n_lego not in clustered
-                    choices.append(make_form(row, shape, spec, math.exp(log), share, estimated))
+                    error = math.exp(log)
+                    choices.append(
+                        make_form(row, shape, spec, error, share, estimated, predict_loss)
+                    )
     return choices
 
 
@@ -100,11 +116,18 @@ def cluster_forms(
 
 
 def make_form(
-    row: LayerPlan, shape: UnitShape, spec: LegoSpec, error: float, used: float, estimated: bool
+    row: LayerPlan,
+    shape: UnitShape,
+    spec: LegoSpec,
+    error: float,
+    used: float,
+    estimated: bool,
+    predict_loss: Callable[[float], float] | None = None,
 ) -> Form:
     """The form of these sizes: what it loses and costs; `used` is the share of filters in use."""
+    loss = signal_lost(error) if predict_loss is None else predict_loss(error)
     macs = min(row.dense_macs or 0, lego_macs(shape, row.pixels or 0, used))
-    return Form(shape, signal_lost(error), unit_bits(shape, spec), macs, estimated)
+    return Form(shape, loss, unit_bits(shape, spec), macs, estimated)
 
 
 def _interpolate(values: dict[int, float], n_out: int) -> dict[int, float]:

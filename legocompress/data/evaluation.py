@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from timm.utils import accuracy
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from legocompress.data.datasets import UNLABELLED
 from legocompress.data.memory import reusing_memory
 from legocompress.errors import DataError, first_line
 from legocompress.models.inputs import check_one_input
-from legocompress.models.outputs import describe_output, find_logits, flatten_float_tensors
+from legocompress.models.output_errors import OutputComparison
+from legocompress.models.outputs import describe_output, find_logits
 from legocompress.models.probe import evaluating
 
 
@@ -23,8 +25,9 @@ class Evaluation:
 
     Accuracies are percentages, and None without labels. `agreement` is the percentage of images for
     which the original has the same first class. `output_error` is the relative error
-    ||y - y'|| / ||y|| of all floating-point tensors in the outputs. Both are None without the
-    original.
+    ||y - y'|| / ||y|| of all floating-point tensors in the outputs; `logit_error` and `divergence`
+    are the errors that decide, as `OutputErrors` defines them. All four are None without the
+    original, and the last two for one class.
     """
 
     images: int
@@ -34,6 +37,8 @@ class Evaluation:
     original_top5: float | None
     agreement: float | None
     output_error: float | None
+    logit_error: float | None = None
+    divergence: float | None = None
 
 
 def evaluate(
@@ -62,8 +67,8 @@ def evaluate(
     """
     for network in (model, original) if original is not None else (model,):
         check_one_input(network, "evaluate")
-    sums = dict.fromkeys(("images", "labelled", "top1", "top5", "o1", "o5", "same"), 0.0)
-    error = reference = 0.0
+    sums = dict.fromkeys(("images", "labelled", "top1", "top5", "o1", "o5"), 0.0)
+    comparison = OutputComparison()
     device = next(model.parameters()).device
     with ExitStack() as stack:
         if device.type == "cpu":
@@ -71,7 +76,7 @@ def evaluate(
         stack.enter_context(evaluating(model))
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
-            y, tensors = _run(model, images, labels)
+            y, output = _run(model, images, labels)
             if n_classes is not None and n_classes != y.shape[1]:
                 raise DataError(
                     f"the data has {n_classes} class folders and the network {y.shape[1]} outputs, "
@@ -85,16 +90,14 @@ def evaluate(
             _add_accuracy(sums, ("top1", "top5"), y[known], labels[known])
             if original is not None:
                 with evaluating(original):
-                    target, target_tensors = _run(original, images, labels)
+                    target, original_output = _run(original, images, labels)
                 if target.shape != y.shape:
                     raise DataError(
                         f"the network has {y.shape[1]} outputs and the original {target.shape[1]}; "
                         "name the network that it was converted from"
                     )
                 _add_accuracy(sums, ("o1", "o5"), target[known], labels[known])
-                sums["same"] += int((y.argmax(1) == target.argmax(1)).sum())
-                error += _squared_distance(tensors, target_tensors)
-                reference += sum(float(tensor.square().sum()) for tensor in target_tensors)
+                comparison.add(output, original_output, len(images))
             if on_batch is not None:
                 on_batch(len(images))
     if not sums["images"]:
@@ -104,14 +107,17 @@ def evaluate(
         return 100 * sums[key] / sums[of] if sums[of] else None
 
     both = original is not None
+    errors = comparison.compute()
     return Evaluation(
         images=int(sums["images"]),
         top1=percent("top1", "labelled"),
         top5=percent("top5", "labelled"),
         original_top1=percent("o1", "labelled") if both else None,
         original_top5=percent("o5", "labelled") if both else None,
-        agreement=percent("same", "images") if both else None,
-        output_error=(error / max(reference, 1e-30)) ** 0.5 if both else None,
+        agreement=errors.agreement if both else None,
+        output_error=errors.relative if both else None,
+        logit_error=errors.logits if both else None,
+        divergence=errors.divergence if both else None,
     )
 
 
@@ -121,20 +127,8 @@ def _add_accuracy(sums: dict[str, float], keys: tuple[str, str], y: Tensor, labe
             sums[key] += float(value) * len(labels) / 100
 
 
-def _squared_distance(outputs: list[Tensor], targets: list[Tensor]) -> float:
-    """The squared distance of two networks' outputs; DataError if their shapes differ."""
-    shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (outputs, targets)]
-    if shapes[0] != shapes[1]:
-        raise DataError(
-            f"the network returns tensors of shapes {shapes[0]} and the original {shapes[1]}; name "
-            "the network that it was converted from"
-        )
-    pairs = zip(outputs, targets, strict=True)
-    return sum(float((output - target).square().sum()) for output, target in pairs)
-
-
-def _run(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Run a network; return its logits (N, classes) and all float tensors of its output."""
+def _run(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
+    """Run a network; return its logits (N, classes) and its whole output."""
     try:
         output = model(images)
     except RuntimeError as error:
@@ -153,4 +147,4 @@ def _run(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, list
             f"label {int(wrong[0])} is beyond the network's {y.shape[1]} outputs; check the "
             "data set, or name the classes' order with --class-map"
         )
-    return y.float(), [tensor.float() for tensor in flatten_float_tensors(output)]
+    return y.float(), output

@@ -36,8 +36,10 @@ class Calibration(_Record):
     """What a network was calibrated with, and the effect.
 
     Errors are relative errors ||y - y'|| / ||y|| of the outputs. Agreement is the percentage of
-    images with the same first class as the original, None for outputs other than (N, classes).
-    Both are measured on the held-out images.
+    images with the same first class as the original. Logit errors are relative errors of the logits
+    minus their mean over the classes, and divergences are the mean of KL(original || compressed)
+    in nats; agreement and these two are None for outputs other than (N, classes), and in records of
+    earlier versions. All are measured on the held-out images.
 
     Attributes:
         images: number of images, held-out images included.
@@ -63,3 +65,7 @@ class Calibration(_Record):
     layers: list[LayerRepair]
     crops: int = 1
     accuracy: LabelledCheck | None = None
+    logit_error_before: float | None = None
+    logit_error_after: float | None = None
+    divergence_before: float | None = None
+    divergence_after: float | None = None

@@ -28,7 +28,11 @@ def test_calibration_repairs_and_is_reported(
     assert record.error_after < record.error_before
     printed = json.loads(run("report", tmp_path / "out", "--json").out)
     assert printed["calibration"] == record.model_dump()
-    assert "calibrated with 60 unlabelled images" in run("report", tmp_path / "out").out
+    text = run("report", tmp_path / "out").out
+    assert "calibrated with 60 unlabelled images" in text
+    assert f"{record.logit_error_before:>10.3f} -> {record.logit_error_after:>10.3f}" in text
+    assert f"{record.divergence_before:>10.3f} -> {record.divergence_after:>10.3f}" in text
+    assert record.divergence_after < record.divergence_before
     assert json.loads(run("report", compressed_folder, "--json").out)["calibration"] is None
 
 

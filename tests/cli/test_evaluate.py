@@ -29,6 +29,8 @@ def test_evaluate_prints_what_the_library_measures(run: Run, compressed_folder: 
     again = run("evaluate", compressed_folder, "--data", SAMPLE, "--original-weights", weights)
     assert f"agreement    {expected.agreement:.2f} %" in again.out
     assert f"(original {expected.original_top1:.2f} %)" in again.out
+    assert f"logit error  {expected.logit_error:.4f}" in again.out
+    assert f"divergence   {expected.divergence:.4f}" in again.out
 
 
 @pytest.mark.slow
