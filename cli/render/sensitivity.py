@@ -7,9 +7,9 @@ import click
 from legocompress.calibrate import Calibration
 from legocompress.compress.losses import LayerSensitivity, Sensitivity
 from legocompress.compress.plan_types import Plan
+from legocompress.report.numbers import format_error
 from legocompress.spec import LegoSpec, Rule
 
-from .numbers import format_error
 from .tables import print_table
 
 
