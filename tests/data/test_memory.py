@@ -11,8 +11,8 @@ import pytest
 from legocompress.data import memory
 from legocompress.data.memory import reusing_memory
 
-# In a process of its own: where an allocation has failed once, glibc gives the thread another arena,
-# in which the largest buffers are mapped anew each time.
+# In a process of its own: where an allocation has failed once, glibc gives the thread another
+# arena, in which the largest buffers are mapped anew each time.
 COUNT_FAULTS = """
 import ctypes, resource, runpy, sys
 
