@@ -14,6 +14,8 @@ from legocompress.errors import UsageError
 
 from . import render
 from .calibration import read_images
+from .help import SectionedCommand
+from .json_log import log_json_option
 from .options import (
     device_option,
     json_option,
@@ -28,7 +30,7 @@ from .options import (
 from .progress import progress_bar
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
 @click.option("--data", required=True, help="Image folder, .npz file or timm data set; no labels.")
 @click.option("--data-dir", help="Root folder of a named data set.")
@@ -46,6 +48,7 @@ from .progress import progress_bar
 @workers_option
 @spec_options
 @model_options
+@log_json_option
 @device_option
 @json_option
 def analyze(

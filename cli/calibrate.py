@@ -14,7 +14,9 @@ from legocompress.models.source import source_of
 
 from . import render
 from .calibration import make_page_sources, open_labelled, remove_journal, run_calibration
+from .help import SectionedCommand
 from .html_page import write_page
+from .json_log import log_json_option
 from .options import (
     CalibrationRequest,
     calibration_options,
@@ -31,7 +33,7 @@ from .options import (
 )
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--data",
@@ -44,6 +46,7 @@ from .options import (
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="Seed of everything random.")
 @calibration_options
 @original_options
+@log_json_option
 @device_option
 @html_option
 @force_option
@@ -81,9 +84,10 @@ def calibrate(
     if html is not None:
         sources = make_page_sources(teacher, request)
         write_page(network, html, lego.measure(network, path=target), sources, force, as_json)
+    outcome = render.describe_outcome(target, record, source_of(network))
     if as_json:
-        render.print_json({"out": str(target), **record.model_dump()})
+        render.print_json({"out": str(target), **record.model_dump(), "outcome": outcome.to_dict()})
         return
     render.print_layer_repairs(record)
     render.print_calibration(record)
-    click.echo(f"\nNext: legocompress report {target}")
+    render.print_outcome(outcome)

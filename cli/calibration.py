@@ -59,7 +59,15 @@ def run_calibration(
 
     def evaluate(teacher: nn.Module | None) -> lego.Evaluation:
         batches = labelled.batches(request.batch_size, request.workers)
-        return lego.evaluate(network, batches, teacher, labelled.n_classes)
+        with progress_bar(quiet) as bar:
+            task = bar.add_task("labelled images", total=labelled.size)
+            return lego.evaluate(
+                network,
+                batches,
+                teacher,
+                labelled.n_classes,
+                lambda n_images: bar.advance(task, n_images),
+            )
 
     before = evaluate(original)
     record = _calibrate(network, original, request, target, quiet, images)

@@ -15,6 +15,7 @@ import legocompress as lego
 from legocompress.checkpoint import check_target
 from legocompress.compress.budget import check_budget
 from legocompress.errors import UsageError
+from legocompress.models.source import source_of
 from legocompress.spec import LegoSpec
 
 from . import render
@@ -26,7 +27,9 @@ from .calibration import (
     remove_journal,
     run_calibration,
 )
+from .help import SectionedCommand
 from .html_page import write_page
+from .json_log import log_json_option
 from .options import (
     CalibrationRequest,
     calibration_options,
@@ -47,7 +50,7 @@ from .options import (
 from .progress import progress_bar
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
 @spec_options
 @model_options
@@ -75,6 +78,7 @@ from .progress import progress_bar
 )
 @calibration_options
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@log_json_option
 @device_option
 @html_option
 @force_option
@@ -96,6 +100,7 @@ def convert(
 
     MODEL is a name (resnet50, timm/NAME, torchvision/NAME, hf-hub:USER/REPO) or a timm folder.
     """
+    weights = values["weights"]
     spec, budget = read_spec(values), read_budget(values)
     calibration_values = read_calibration(values)
     if calibration_data is None:
@@ -143,10 +148,11 @@ def convert(
     report = lego.measure(network, path=target)
     if html is not None:
         write_page(network, html, report, sources, force, as_json)
-    _print_result(model, target, plan, report, record, expected, as_json)
+    outcome = render.describe_outcome(target, record, source_of(network), weights)
+    _print_result(model, target, plan, report, expected, outcome, as_json)
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
 @spec_options
 @model_options
@@ -226,14 +232,16 @@ def _print_result(
     target: Path,
     plan: lego.Plan,
     report: lego.Report,
-    record: lego.Calibration | None,
     expected: tuple[float, bool] | None,
+    outcome: render.Outcome,
     as_json: bool,
 ) -> None:
+    record = outcome.record
     if as_json:
         values = {"out": str(target), **report.totals(), "skipped": plan.skipped}
         values["calibration"] = None if record is None else record.model_dump()
         values["expected_loss"] = None if expected is None else expected[0]
+        values["outcome"] = outcome.to_dict()
         render.print_json(values)
         return
     click.echo(f"{model} -> {target}: {len(plan.layers)} of {len(plan.rows)} layers converted")
@@ -243,4 +251,4 @@ def _print_result(
         render.print_calibration(record)
     if expected is not None:
         render.print_sum(expected[0], record, expected[1])
-    click.echo(f"\nNext: legocompress report {target}")
+    render.print_outcome(outcome)

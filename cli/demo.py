@@ -18,6 +18,7 @@ import legocompress as lego
 from legocompress.data.images import Images
 
 from . import render
+from .help import SectionedCommand
 from .progress import progress_bar
 
 EPOCHS = 12
@@ -63,7 +64,7 @@ class Outcome:
     calibrated: lego.Evaluation
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to keep the results in.")
 def demo(out: Path | None) -> None:
     """Convert, calibrate, evaluate, report and export a shipped Fashion-MNIST network."""
@@ -139,6 +140,7 @@ def _compress(inputs: Inputs, spec: lego.LegoSpec, folder: Path) -> Outcome:
     clustered = inputs.evaluate(network, inputs.dense)
     with progress_bar() as bar:
         task = bar.add_task(name, total=sum(1 for _ in lego.lego_modules(network)))
+        joint = bar.add_task("all layers together", total=None)
         images = lego.gather(inputs.unlabelled.batches(64), inputs.unlabelled.size)
         lego.calibrate_(
             network,
@@ -146,6 +148,7 @@ def _compress(inputs: Inputs, spec: lego.LegoSpec, folder: Path) -> Outcome:
             images,
             epochs=EPOCHS,
             on_layer=lambda row: bar.advance(task),
+            on_batch=lambda done, total: bar.update(joint, completed=done, total=total),
         )
     path = lego.save(network, folder / name, force=True)
     report = lego.measure(network, path=path)

@@ -12,6 +12,7 @@ import legocompress as lego
 from legocompress.errors import UsageError
 
 from . import render
+from .help import SectionedCommand
 from .options import (
     device_option,
     json_option,
@@ -25,7 +26,7 @@ from .options import (
 from .progress import progress_bar
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
 @click.option(
     "--data", required=True, help="Image folder, .npz file, or timm data set (torch/cifar10)."

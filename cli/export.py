@@ -13,13 +13,15 @@ from legocompress.checkpoint.hub import is_hub_name
 from legocompress.errors import UsageError
 
 from . import render
+from .help import SectionedCommand
 from .options import force_option, json_option
+from .progress import activity_bar
 
 ENDINGS = {"dense": "-dense.safetensors", "timm": "-timm", "onnx": ".onnx", "pt2": ".pt2"}
 DENSE_KINDS = ("dense", "timm")
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--to", "kind", type=click.Choice(list(ENDINGS)), default="dense", help="What to write."
@@ -44,11 +46,12 @@ def export(
         raise UsageError(f"--to {kind} holds dense weights; --form is for onnx and pt2")
     target = out or _default_target(checkpoint, kind, form)
     model = lego.load(checkpoint)
-    if kind in DENSE_KINDS:
-        size = _write_dense(model, kind, target, force)
-        check: dict[str, Any] = {}
-    else:
-        size, check = _write_graph(model, kind, form or "lego", target, force)
+    check: dict[str, Any] = {}
+    with activity_bar(f"writing {kind}", as_json):
+        if kind in DENSE_KINDS:
+            size = _write_dense(model, kind, target, force)
+        else:
+            size, check = _write_graph(model, kind, form or "lego", target, force)
     if as_json:
         render.print_json({"out": str(target), "bytes": size, **check})
         return

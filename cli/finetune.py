@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -21,13 +22,16 @@ from legocompress.finetune.distributed import (
     read_processes,
 )
 from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loggers import TRACKERS, Logger, open_logger
 from legocompress.finetune.original import create_original
 from legocompress.finetune.run_folder import BEST
 from legocompress.models.source import source_of
 from legocompress.report.html import is_original
 
 from . import render
+from .help import SectionedCommand
 from .html_page import write_page
+from .json_log import current_log, log_json_option
 from .options import (
     check_html_target,
     force_option,
@@ -38,11 +42,10 @@ from .options import (
     read_device,
     workers_option,
 )
-from .tensorboard_events import open_event_writer
 from .training_display import TrainingDisplay
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("checkpoint", metavar="CKPT")
 @click.option(
     "--recipe", "recipe_name", required=True, help="Name of a shipped recipe, or a .yaml file."
@@ -69,7 +72,14 @@ from .training_display import TrainingDisplay
     help="Replace the classifier with a new one for this many classes.",
 )
 @workers_option
-@click.option("--tensorboard", is_flag=True, help="Also write events for TensorBoard.")
+@click.option("--tensorboard", is_flag=True, help="The same as --log-to tensorboard.")
+@click.option(
+    "--log-to",
+    type=click.Choice(list(TRACKERS)),
+    multiple=True,
+    help="Send the numbers of each epoch to this tracker, too; repeatable.",
+)
+@log_json_option
 @click.option("--device", help="Device to compute on. [default: cuda if there is one, else cpu]")
 @html_option
 @force_option
@@ -86,6 +96,7 @@ def finetune(
     num_classes: int | None,
     workers: int,
     tensorboard: bool,
+    log_to: tuple[str, ...],
     device: str | None,
     html: Path | None,
     force: bool,
@@ -120,9 +131,11 @@ def finetune(
         "lego_version": lego.__version__,
     }
     quiet = as_json or not processes.first
-    with join_process_group(processes, torch_device), TrainingDisplay(quiet) as display:
-        if tensorboard and processes.first:
-            display.write_events = open_event_writer(target)
+    loggers: list[Logger] = []
+    if processes.first:
+        names = {*log_to, "tensorboard"} if tensorboard else set(log_to)
+        loggers = _open_loggers(sorted(names), target, {**run_args, "recipe": recipe_name})
+    with join_process_group(processes, torch_device), TrainingDisplay(quiet, loggers) as display:
         lego.finetune_(
             network.to(torch_device),
             recipe,
@@ -187,6 +200,13 @@ def _write_best_page(
         teacher = teacher if is_original(network, teacher) else None
     sources = lego.ReportSources(teacher, validation, run_folder=target)
     write_page(network, html, lego.measure(network, path=best), sources, force, quiet)
+
+
+def _open_loggers(names: list[str], target: Path, settings: dict[str, Any]) -> list[Logger]:
+    """Open the trackers of these names, and the log of --log-json if there is one."""
+    loggers = [open_logger(name, target, settings) for name in names]
+    log = current_log()
+    return loggers if log is None else [*loggers, log]
 
 
 def _print_result(target: Path, epochs: list[Epoch], as_json: bool) -> None:

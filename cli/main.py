@@ -13,32 +13,45 @@ from legocompress.errors import LegoError
 from .analyze import analyze
 from .benchmark import benchmark
 from .calibrate import calibrate
+from .compare import compare
 from .convert import convert, inspect
 from .demo import demo
 from .evaluate import evaluate
 from .export import export
 from .finetune import finetune
+from .help import PipelineGroup
 from .push import push
 from .recipes import recipes
 from .report import report
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(
+    cls=PipelineGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(package_name="legocompress")
 @click.option("--debug", is_flag=True, help="Show tracebacks and library warnings.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Compress pretrained CNNs with Lego filters: smaller files, fewer multiply-accumulates."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
     if not debug:
         warnings.simplefilter("ignore")
         logging.getLogger("timm").setLevel(logging.ERROR)
 
 
-COMMANDS = (
-    convert, inspect, analyze, calibrate, finetune, recipes, report, evaluate, benchmark, export,
-    push, demo,
-)  # fmt: skip
-for command in COMMANDS:
-    cli.add_command(command)
+# By the headings of the help, in the order of the pipeline.
+COMMANDS: dict[str, tuple[click.Command, ...]] = {
+    "Try it": (demo,),
+    "Compress": (inspect, analyze, convert, calibrate),
+    "Train": (recipes, finetune),
+    "Measure": (report, evaluate, compare, benchmark),
+    "Use elsewhere": (export, push),
+}
+for heading, commands in COMMANDS.items():
+    cli.add_section(heading, commands)
 
 
 def main() -> None:

@@ -10,10 +10,11 @@ import legocompress as lego
 from legocompress.export.hub_upload import MESSAGE, model_card
 
 from . import render
+from .help import SectionedCommand
 from .options import json_option
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="USER/REPO")
 @click.option("--private", is_flag=True, help="Make a new repository private.")

@@ -7,10 +7,11 @@ import click
 from legocompress.finetune.recipe_loading import list_shipped_recipes, load_recipe
 
 from . import render
+from .help import SectionedCommand
 from .options import json_option
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("name", required=False)
 @json_option
 def recipes(name: str | None, as_json: bool) -> None:

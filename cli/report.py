@@ -16,6 +16,7 @@ from legocompress.finetune.run_folder import find_run_folder
 from legocompress.models.source import source_of
 
 from . import render
+from .help import SectionedCommand
 from .html_page import write_page
 from .options import (
     check_html_target,
@@ -28,9 +29,10 @@ from .options import (
     original_options,
     read_device,
 )
+from .progress import activity_bar
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--repeats",
@@ -83,7 +85,8 @@ def report(
         run_folder=find_run_folder(checkpoint),
     )
     baseline = lego.to_dense(model) if repeats else None
-    result = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
+    with activity_bar("measuring", as_json):
+        result = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
     if html is not None:
         write_page(model, html, result, sources, force, quiet=True)
     record = lego.lego_state(model).calibration

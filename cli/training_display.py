@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from rich.progress import TextColumn
 
 from legocompress.finetune.epoch import Epoch
+from legocompress.finetune.loggers import Logger
 from legocompress.finetune.progress import Progress as Step
 
 from .progress import progress_bar
@@ -18,15 +19,15 @@ class TrainingDisplay:
     Args:
         quiet: show nothing.
 
+        loggers: what gets the numbers of each finished epoch; closed at the end.
+
     Attributes:
         epochs: all finished epochs.
-        write_events: called with each finished epoch, if set.
     """
 
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
+    def __init__(self, quiet: bool, loggers: Sequence[Logger] = ()):
+        self.quiet, self.loggers = quiet, loggers
         self.epochs: list[Epoch] = []
-        self.write_events: Callable[[Epoch], None] | None = None
         self.bar = progress_bar(quiet, TextColumn("{task.fields[numbers]}"))
         self.task = self.bar.add_task("epoch 1", total=None, numbers="")
 
@@ -36,6 +37,8 @@ class TrainingDisplay:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+        for logger in self.loggers:
+            logger.close()
 
     def show_step(self, step: Step) -> None:
         """Move the bar and update the numbers next to it."""
@@ -48,14 +51,18 @@ class TrainingDisplay:
             numbers=f"loss {step.loss:.3f}{top1} {step.images_per_second:.0f} images/s "
             f"{step.changed} indices changed",
         )
+        if step.update == step.updates:
+            self.bar.update(
+                self.task, description=f"epoch {step.epoch}/{step.epochs}: evaluating", total=None
+            )
 
     def record_epoch(self, epoch: Epoch) -> None:
-        """Store a finished epoch, print its numbers and write its events."""
+        """Store a finished epoch, print its numbers and log them."""
         self.epochs.append(epoch)
         if not self.quiet:
             self._print_epoch(epoch)
-        if self.write_events is not None:
-            self.write_events(epoch)
+        for logger in self.loggers:
+            logger.log(epoch.progress.epoch, epoch.metrics())
 
     def _print_epoch(self, epoch: Epoch) -> None:
         step = epoch.progress

@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from ..help import SectionedCommand
 
-class SeveralValues(click.Command):
+
+class SeveralValues(SectionedCommand):
     """A command that reads `--batch 1 8` as click reads `--batch 1 --batch 8`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

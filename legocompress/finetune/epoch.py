@@ -36,6 +36,19 @@ class Epoch:
         value = self.agreement if self.top1 is None else self.top1
         return -math.inf if value is None else value
 
+    def metrics(self) -> dict[str, float]:
+        """The numbers of this epoch by name, without those that are None."""
+        values = {
+            "train/loss": self.progress.loss,
+            "train/top1": self.progress.top1,
+            "train/lr": self.progress.lr,
+            "train/index_changes": self.progress.changed,
+            "eval/top1": self.top1,
+            "eval/top5": self.top5,
+            "eval/agreement": self.agreement,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class EpochEvaluator:

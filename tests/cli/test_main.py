@@ -21,7 +21,7 @@ from tests.support.command_line import DEMO, DENSE, SAMPLE, Ran, Run, check_erro
 @pytest.mark.parametrize(
     "command",
     ["", "convert", "inspect", "calibrate", "finetune", "recipes", "report", "evaluate",
-     "benchmark", "export", "push", "demo"],
+     "compare", "benchmark", "export", "push", "demo"],
 )  # fmt: skip
 def test_every_command_has_help(command: str) -> None:
     words = [command] if command else []
@@ -38,6 +38,18 @@ def test_every_command_has_help(command: str) -> None:
         assert {"convert", "inspect", "report", "evaluate", "export", "push", "demo"} <= set(
             re.findall(r"^  (\w+) ", result.output, re.MULTILINE)
         )
+
+
+def test_without_arguments_the_main_job_comes_before_the_commands(run: Run) -> None:
+    ran = run()
+    assert (ran.code, ran.err) == (0, "")
+    job, commands = ran.out.index("The main job:"), ran.out.index("Compress:")
+    assert job < commands < ran.out.index("Use elsewhere:")
+    lines = re.findall(r"^  legocompress (\w+)", ran.out[job:commands], re.MULTILINE)
+    assert lines == ["convert", "report", "finetune", "benchmark", "export"]
+    listed = re.findall(r"^  (\w+)  ", ran.out[commands:], re.MULTILINE)
+    assert listed.index("convert") < listed.index("calibrate") < listed.index("report")
+    assert {*listed, "demo"} >= cli.commands.keys()
 
 
 def test_version(run: Run) -> None:
