@@ -29,6 +29,7 @@ from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.surgery import (
     freeze_,
     freeze_indices_,
+    synchronise_indices_,
     to_dense,
     to_dense_,
     train_indices_,
@@ -94,6 +95,7 @@ __all__ = [
     "reset_classifier_",
     "save",
     "sensitivity",
+    "synchronise_indices_",
     "synthesise",
     "to_dense",
     "to_dense_",

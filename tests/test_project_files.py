@@ -102,6 +102,38 @@ def test_workflows_ask_for_little_and_pin_their_actions(path: Path) -> None:
                 assert step["with"]["persist-credentials"] is False
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("Dockerfile*")), ids=name)
+def test_images_run_the_command_without_rights(path: Path) -> None:
+    lines = re.sub(r"\\\n", " ", path.read_text(encoding="utf-8")).splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    build, *_, user, _, entry = steps
+    base = next(words for key, words in steps[1:] if key == "FROM")
+    assert build == ["FROM", f"{base} AS build"]
+    assert (
+        f">={base.split(':')[1].removesuffix('-slim')}" >= project()["project"]["requires-python"]
+    )
+    created = re.search(r"useradd --create-home (\w+)", path.read_text(encoding="utf-8"))
+    assert created is not None
+    assert user == ["USER", created[1]]
+    (command,) = project()["project"]["scripts"]
+    assert entry == ["ENTRYPOINT", f'["{command}"]']
+    extras = re.findall(r"\$1\[(\w+)\]", path.read_text(encoding="utf-8"))
+    assert extras
+    assert set(extras) <= project()["project"]["optional-dependencies"].keys()
+
+
+def test_extras_that_errors_and_docs_name_exist() -> None:
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "legocompress").rglob("*.py")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = {
+        e
+        for found in re.findall(r"'(?:legocompress|\.)\[([\w,]+)\]'", text)
+        for e in found.split(",")
+    }
+    assert named >= {"onnx", "lightning"}
+    assert named <= project()["project"]["optional-dependencies"].keys()
+
+
 def test_ci_tests_every_python_and_the_oldest_torch() -> None:
     workflow = read_yaml(ROOT / ".github" / "workflows" / "ci.yml")
     matrix = workflow["jobs"]["linux"]["strategy"]["matrix"]

@@ -41,8 +41,8 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
-def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Create a timm optimiser with one group per kind of parameter.
+def group_parameters(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Make groups for an optimiser, one per kind of parameter; each has the entry `kind`.
 
     The groups are in the order of KINDS, then one more of kind "rest" for biases and other
     parameters of fewer than two dimensions. A group may be empty.
@@ -50,16 +50,13 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
     Weight decay acts on Lego filters and dense weights only, since small coefficients or proxy
     entries do not reduce overfitting. Muon updates the same two groups, whose parameters are
     matrices; it leaves all others to its fallback, AdamW.
-
-    Raises:
-        UsageError: timm has no such optimiser, or it refuses the options.
     """
     kinds = classify_parameters(model)
     groups: list[dict[str, Any]] = [
         {
             "params": [],
             "kind": kind,
-            "weight_decay": settings.weight_decay * decays,
+            "weight_decay": weight_decay * decays,
             "use_fallback": not decays,
         }
         for kind in KINDS
@@ -70,6 +67,16 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimiz
         if kinds[name] == "rest" and parameter.dim() < 2:
             position += 1
         groups[position]["params"].append(parameter)
+    return groups
+
+
+def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    """Create a timm optimiser with the groups of `group_parameters`.
+
+    Raises:
+        UsageError: timm has no such optimiser, or it refuses the options.
+    """
+    groups = group_parameters(model, settings.weight_decay)
     options = dict(settings.options)
     try:
         optimizer: torch.optim.Optimizer = create_optimizer_v2(

@@ -39,7 +39,7 @@ class EpochMeter:
 
     def __init__(self, model: nn.Module):
         self.sums = torch.zeros(3, dtype=torch.float64)
-        self.start_indices = {name: m.index.clone() for name, m in lego_modules(model)}
+        self.start_indices = copy_indices(model)
 
     def add(self, loss: Tensor, n_correct: Tensor, n_images: int) -> None:
         """Add a batch: its mean loss, and how many of its images were classified correctly."""
@@ -52,9 +52,19 @@ class EpochMeter:
 
     def count_changed_entries(self, model: nn.Module) -> int:
         """Count the entries of all indices that differ from the epoch's start."""
-        total = 0
-        for name, module in lego_modules(model):
-            module.synchronise_index()
-            start = self.start_indices[name].to(module.index.device)
-            total += int((module.index != start).sum())
-        return total
+        return count_changed_entries(model, self.start_indices)
+
+
+def copy_indices(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the index (o, n, k) of every Lego layer, by name."""
+    return {name: module.index.clone() for name, module in lego_modules(model)}
+
+
+def count_changed_entries(model: nn.Module, start_indices: dict[str, Tensor]) -> int:
+    """Count the entries of all indices that differ from what `copy_indices` returned earlier."""
+    total = 0
+    for name, module in lego_modules(model):
+        module.synchronise_index()
+        start = start_indices[name].to(module.index.device)
+        total += int((module.index != start).sum())
+    return total

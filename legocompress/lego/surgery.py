@@ -101,6 +101,13 @@ def train_indices_(model: ModelT) -> ModelT:
     return model
 
 
+def synchronise_indices_(model: ModelT) -> ModelT:
+    """Set every index to what its proxy N chooses now, as each forward pass does by itself."""
+    for _, module in lego_modules(model):
+        module.synchronise_index()
+    return model
+
+
 def freeze_indices_(model: ModelT) -> ModelT:
     """Remove every proxy N; each index keeps what N chose last."""
     for _, module in lego_modules(model):

@@ -21,6 +21,7 @@ def test_calibration_repairs_and_is_reported(
     ran = run("calibrate", compressed_folder, "--out", tmp_path / "out", *options)
     assert (ran.code, ran.err) == (0, "")
     assert "layer1.0.conv1" in ran.out
+    assert ran.out.splitlines()[-1].startswith("Kept: the original's class on ")
     assert {path.name for path in tmp_path.iterdir()} == {"out"}  # no journal is left
     record = lego.lego_state(lego.load(tmp_path / "out")).calibration
     assert isinstance(record, lego.Calibration)
@@ -123,7 +124,10 @@ def test_convert_can_calibrate(run: Run, tmp_path: Path) -> None:
     for name in (PHOTOS, "synthetic"):
         ran = run(*words, "--calibrate", name, "--out", tmp_path / Path(name).stem)
         assert (ran.code, ran.err) == (0, "")
-        records[name] = json.loads(ran.out)["calibration"]
+        printed = json.loads(ran.out)
+        records[name] = printed["calibration"]
+        assert printed["outcome"]["calibrated"]
+        assert printed["outcome"]["agreement"] == records[name]["agreement_after"]
         assert records[name]["error_after"] < records[name]["error_before"]
     assert [records[name]["synthetic"] for name in records] == [False, True]
     # Each is calibrated on images of its own kind.

@@ -27,7 +27,11 @@ def test_convert_writes_what_the_library_writes(
     assert f"{len(list(lego.lego_modules(model)))} of " in ran.out
     totals = lego.measure(model, path=compressed_folder).totals()
     assert f"{totals['theoretical_speedup']:.2f}x" in ran.out
-    assert "legocompress report" in ran.out
+    last = ran.out.splitlines()[-1]
+    assert last == (
+        f"Accuracy is lost until this has run: legocompress calibrate {tmp_path / 'out'} "
+        "--data PHOTOS"
+    )
     assert list_files(tmp_path) == {"out", "out/config.json", "out/model.safetensors"}
 
 
@@ -41,6 +45,8 @@ def test_convert_has_a_default_output_and_json(run: Run, tmp_path: Path) -> None
     for key, value in report.totals().items():
         assert printed[key] == value, key
     assert printed["skipped"]["conv1"].startswith("stem")
+    assert printed["outcome"]["calibrated"] is False
+    assert "random" in printed["outcome"]["message"]
     model: Any = lego.load(tmp_path / "resnet18-lego")
     assert lego.lego_state(model).conversion.seed == 3
     assert lego.lego_state(model).source.weights == "random, seed 3"

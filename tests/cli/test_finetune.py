@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,15 @@ def test_a_run_with_the_default_options(run: Run) -> None:
 
 
 def test_json_is_the_only_output(run: Run) -> None:
-    code, out, err = run(*FINETUNE, "--json", "--out", "x", "--num-classes", "5", "--workers", "1")
+    code, out, err = run(*FINETUNE, "--json", "--out", "x", "--num-classes", "5", "--workers", "1",
+                         "--log-json", "log.jsonl")  # fmt: skip
     assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in Path("log.jsonl").read_text().splitlines()]
+    assert {line["event"] for line in lines} == {"start", "progress", "metrics"}
+    assert lines[-1]["step"] == 1
     printed = json.loads(out)
     assert printed["out"] == "x"
+    assert lines[-1]["metrics"]["eval/top1"] == printed["epochs"][0]["top1"]
     assert printed["epochs"][0]["progress"]["epoch"] == 1
     assert lego.load("x/best").fc.out_features == 5  # type: ignore[union-attr]
 
@@ -97,6 +103,12 @@ def test_the_original_that_the_checkpoint_records(run: Run) -> None:
 )
 def test_every_fault_is_one_sentence(words: list[str], code: int, message: str, run: Run) -> None:
     check_error(run(*words), code, message)
+
+
+def test_a_logger_that_is_not_installed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_error(run(*FINETUNE, "--log-to", "wandb"), 2, "pip install 'legocompress[wandb]'")
+    assert not Path("net-ft").exists()
 
 
 def test_tensorboard(run: Run) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from legocompress.errors import DenseOnlyError
 from legocompress.lego.module import lego_modules
-from legocompress.lego.surgery import freeze_, guard_fusing_, to_dense_
+from legocompress.lego.surgery import (
+    freeze_,
+    guard_fusing_,
+    synchronise_indices_,
+    to_dense_,
+    train_indices_,
+)
 from tests.support.lego_layers import STANDARDISED, close, conv, lego_
 
 
@@ -149,3 +155,16 @@ def test_fuse_methods_of_blocks_with_lego_modules_are_guarded() -> None:
     assert [block.fused for block in model] == [1, 2, 1]
     with pytest.raises(DenseOnlyError):
         copied[0].fuse()
+
+
+def test_indices_follow_their_proxies_when_they_are_synchronised() -> None:
+    layer = lego_(conv())
+    model = train_indices_(nn.Sequential(layer))
+    before = layer.index.clone()
+    with torch.no_grad():
+        layer.proxy.neg_()
+    assert torch.equal(layer.index, before)  # nothing has read the weight since
+    assert synchronise_indices_(model) is model
+    top = layer.proxy.topk(layer.lego_shape.n_terms, dim=2).indices
+    assert torch.equal(layer.index.sort(2).values, top.sort(2).values)
+    assert not torch.equal(layer.index, before)
