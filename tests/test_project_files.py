@@ -109,9 +109,8 @@ def test_images_run_the_command_without_rights(path: Path) -> None:
     build, *_, user, _, entry = steps
     base = next(words for key, words in steps[1:] if key == "FROM")
     assert build == ["FROM", f"{base} AS build"]
-    assert (
-        f">={base.split(':')[1].removesuffix('-slim')}" >= project()["project"]["requires-python"]
-    )
+    (version,) = re.findall(r"^python:([\d.]+)-slim$", base)
+    assert f">={version}" >= project()["project"]["requires-python"]
     created = re.search(r"useradd --create-home (\w+)", path.read_text(encoding="utf-8"))
     assert created is not None
     assert user == ["USER", created[1]]
@@ -125,11 +124,7 @@ def test_images_run_the_command_without_rights(path: Path) -> None:
 def test_extras_that_errors_and_docs_name_exist() -> None:
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "legocompress").rglob("*.py")]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    named = {
-        e
-        for found in re.findall(r"'(?:legocompress|\.)\[([\w,]+)\]'", text)
-        for e in found.split(",")
-    }
+    named = set(",".join(re.findall(r"'(?:legocompress|\.)\[([\w,]+)\]'", text)).split(","))
     assert named >= {"onnx", "lightning"}
     assert named <= project()["project"]["optional-dependencies"].keys()
 

@@ -89,7 +89,7 @@ def test_the_anchor_is_added_to_the_gradients(callback_module: Any) -> None:
     callback.setup(None, module, "fit")
     with torch.no_grad():
         for _, m in lego.lego_modules(module):
-            m.proxy *= 1.5
+            m.proxy.mul_(1.5)
     module.loss().backward()
     proxies = {name: m.proxy for name, m in lego.lego_modules(module)}
     plain = {name: proxy.grad.clone() for name, proxy in proxies.items()}

@@ -158,7 +158,7 @@ def test_fuse_methods_of_blocks_with_lego_modules_are_guarded() -> None:
 
 
 def test_indices_follow_their_proxies_when_they_are_synchronised() -> None:
-    layer = lego_(conv())
+    layer = lego_(conv(4, 6, 3))
     model = train_indices_(nn.Sequential(layer))
     before = layer.index.clone()
     with torch.no_grad():
