@@ -10,13 +10,15 @@ from typing import IO, Any
 import click
 
 from legocompress.errors import OutputError
+from legocompress.finetune.distributed import read_processes
 from legocompress.finetune.loggers import JsonLines
 
 KEY = "legocompress.json_log"  # in the context of the command
 
 
 def _open_log(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
-    if path is None or context.resilient_parsing:
+    """Open the log before the command runs; of several processes, only the first has one."""
+    if path is None or context.resilient_parsing or not read_processes().first:
         return
     if path == "-":
         stream: IO[str] = sys.stdout

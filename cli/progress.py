@@ -50,10 +50,11 @@ class LoggedProgress(Progress):
 
     def _write_line(self, task_id: TaskID) -> None:
         """Write a line if the task is done, or its last line is a second old."""
+        if self.log_lines is None:
+            return
         task = next(task for task in self.tasks if task.id == task_id)
         now = time.monotonic()
-        is_due = task.finished or now >= self._next_line.get(task_id, 0.0)
-        if self.log_lines is None or not is_due:
+        if not task.finished and now < self._next_line.get(task_id, 0.0):
             return
         self._next_line[task_id] = now + SECONDS_BETWEEN_LINES
         self.log_lines.write(

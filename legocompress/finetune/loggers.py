@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from legocompress.errors import UsageError
+from legocompress.errors import OutputError, UsageError
 
 
 class Logger(Protocol):
@@ -34,10 +34,19 @@ class JsonLines:
         self.stream = stream
 
     def write(self, event: str, **fields: Any) -> None:
-        """Write one line, so that a reader of the file has it at once."""
+        """Write one line, so that a reader of the file has it at once.
+
+        Raises:
+            OutputError: the line cannot be written, such as on a full disk.
+        """
         line = {"time": round(time.time(), 3), "event": event, **fields}
-        self.stream.write(json.dumps(line, default=str) + "\n")
-        self.stream.flush()
+        try:
+            self.stream.write(json.dumps(line, default=str) + "\n")
+            self.stream.flush()
+        except BrokenPipeError:  # the reader has gone, which ends a command without a message
+            raise
+        except OSError as error:
+            raise OutputError(f"the log of JSON lines cannot be written: {error}") from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a line of the event `metrics`."""

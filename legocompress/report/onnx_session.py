@@ -32,7 +32,6 @@ class OnnxNetwork:
 
     Attributes:
         image_size: (c, H, W), None where the file leaves it open.
-        n_classes: None where the file leaves it open.
 
     Raises:
         UsageError: ONNX Runtime is not installed, or the file takes other inputs.
@@ -61,8 +60,6 @@ class OnnxNetwork:
         self.input = self._check_input()
         sizes = [size if isinstance(size, int) else None for size in self.input.shape]
         self.batch, self.image_size = sizes[0], (sizes[1], sizes[2], sizes[3])
-        classes = self.session.get_outputs()[0].shape[-1]
-        self.n_classes = classes if isinstance(classes, int) else None
 
     def _check_input(self) -> Any:
         inputs = self.session.get_inputs()

@@ -41,6 +41,14 @@ def test_a_second_run_appends(run: Run, tmp_path: Path) -> None:
     assert [line["command"] for line in lines] == ["calibrate", "calibrate"]
 
 
+def test_of_several_processes_only_the_first_writes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("calibrate", "nowhere", "--data", PHOTOS, "--log-json", "log.jsonl").code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("path", ["no/such/folder/log.jsonl", "."])
 def test_a_file_that_cannot_be_written(run: Run, tmp_path: Path, path: str) -> None:
     check_error(run(*CONVERT, "--log-json", path), 1, "--log-json", "cannot be written")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from legocompress.errors import UsageError
+from legocompress.errors import OutputError, UsageError
 from legocompress.finetune.epoch import Epoch
 from legocompress.finetune.loggers import TRACKERS, JsonLines, open_logger
 from legocompress.finetune.progress import Progress
@@ -100,6 +101,16 @@ def test_json_lines() -> None:
     assert first.pop("time") <= second.pop("time")
     assert first == {"event": "progress", "task": "layers", "done": 1, "total": None}
     assert second == {"event": "metrics", "step": 2, "metrics": {"train/loss": 0.5}}
+
+
+def test_json_lines_on_a_full_disk() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    stream = open("/dev/full", "w")  # noqa: SIM115 closing it fails again
+    with pytest.raises(OutputError, match=r"cannot be written: .*No space left"):
+        JsonLines(stream).write("start")
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def test_the_numbers_of_an_epoch_leave_out_what_was_not_measured() -> None:

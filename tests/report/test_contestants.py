@@ -14,6 +14,7 @@ from legocompress.report.contestants import (
     find_preprocessing,
     open_contestants,
 )
+from tests.support.command_line import DENSE
 from tests.support.onnx_files import write_classifier
 from tests.support.tiny import compressed
 
@@ -28,6 +29,15 @@ def test_sizes_that_differ_or_are_unknown() -> None:
         check_same_sizes({"a": (1, 16, 16), "b": (1, None, 8)})
     with pytest.raises(UsageError, match="no network names the size"):
         check_same_sizes({"a": (1, None, 16)})
+
+
+def test_a_dense_network_weighs_its_parameters_and_buffers() -> None:
+    (contestant,) = open_contestants([DENSE])
+    network = lego.create(DENSE)
+    tensors = network.state_dict().values()
+    assert contestant.kind == "dense"
+    assert contestant.n_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert contestant.macs == lego.measure(network).totals()["macs"]
 
 
 def test_what_a_network_weighs_and_costs(tmp_path: Path) -> None:
