@@ -1,15 +1,16 @@
 """Which CNNs of timm and torchvision convert, and whether they still compute the same.
 
-    python -m benchmarks.coverage --jobs 2 --results coverage.jsonl --table docs/coverage.md
+    python -m benchmarks.coverage --jobs 2 --results coverage.jsonl \
+        --table docs/results/coverage.md
 
 Claim: no architecture breaks. Every name is planned without memory for its tensors. Those of up to
 --max-params parameters are then built for real, with constant parameters and norm statistics
 randomised (zero-initialised norms hide wrong weights), and converted exactly (m' = number of
 fragments). Their outputs must equal the original's bit for bit; so must those of a saved and
 reloaded copy and of the dense network made from it; and one backward pass must give every Lego
-filter and coefficient that took part a finite gradient. Writes the table of docs/coverage.md. Takes
-hours; `--filter NAME` checks only names that contain NAME. Results are appended to a file as they
-come; a second run goes on where the first ended.
+filter and coefficient that took part a finite gradient. Writes the table of
+docs/results/coverage.md. Takes hours; `--filter NAME` checks only names that contain NAME. Results
+are appended to a file as they come; a second run goes on where the first ended.
 """
 
 from __future__ import annotations
@@ -268,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("coverage.jsonl"))
-    parser.add_argument("--table", type=Path, default=Path("docs/coverage.md"))
+    parser.add_argument("--table", type=Path, default=Path("docs/results/coverage.md"))
     parser.add_argument("--max-params", type=float, default=30e6)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--filter", default="", help="only names that contain this")
