@@ -2,12 +2,14 @@
 
 README.md and its like stand where GitHub looks for them. On the site they are pages, too. A link to
 another file of the repository becomes plain text, or an address where mkdocs.yml has a repo_url.
-The reference page lists what legocompress/__init__.py exports.
+The reference page lists what legocompress/__init__.py exports, grouped by the room that it is from.
+A notebook becomes a page with the outputs that it holds.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -22,13 +24,33 @@ ROOT_PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
 }
+NOTEBOOKS = {"docs/tutorial.ipynb": "tutorial.md"}
 REFERENCE = "<!-- the names of the facade -->"
-LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+# The headings of the reference, in the order of the work. Other rooms follow under their names.
+HEADINGS = {
+    "models": "Networks",
+    "spec": "Settings",
+    "compress": "Plan and convert",
+    "calibrate": "Calibrate",
+    "quantize": "Quantise",
+    "finetune": "Fine-tune",
+    "data": "Images and accuracy",
+    "checkpoint": "Save and load",
+    "deploy": "Deploy",
+    "report": "Measure and report",
+    "export": "Export",
+    "lego": "Lego modules",
+    "state": "What a network carries with it",
+    "errors": "Errors",
+}
+LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the root's pages."""
+    """Add the root's pages, and the notebooks."""
     root = Path(config.config_file_path).parent
+    for source, page in NOTEBOOKS.items():
+        files.append(File.generated(config, page, content=render_notebook(root / source)))
     for source, page in ROOT_PAGES.items():
         if (root / source).exists():
             content = (root / source).read_text(encoding="utf-8")
@@ -46,13 +68,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     folder = posixpath.dirname(sources.get(here, f"docs/{here}"))
 
     def replace(link: re.Match[str]) -> str:
-        text, target, anchor = link[1], link[2], link[3] or ""
+        image, text, target, anchor = link[1], link[2], link[3], link[4] or ""
         path = posixpath.normpath(posixpath.join(folder, target))
-        uri = ROOT_PAGES.get(path, path.removeprefix("docs/"))
+        uri = {**ROOT_PAGES, **NOTEBOOKS}.get(path, path.removeprefix("docs/"))
         if files.get_file_from_path(uri) is not None:
             relative = posixpath.relpath(uri, posixpath.dirname(here) or ".")
-            return f"[{text}]({relative}{anchor})"
-        if path.startswith("docs/"):
+            return f"{image}[{text}]({relative}{anchor})"
+        if path.startswith("docs/") or image:
             return link[0]  # a page that is missing: mkdocs warns
         if config.repo_url:
             return f"[{text}]({config.repo_url.rstrip('/')}/blob/HEAD/{path}{anchor})"
@@ -62,7 +84,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def reference(facade: Path) -> str:
-    """Write one directive of mkdocstrings for each imported name of `__all__`, in its order.
+    """Write one directive of mkdocstrings for each imported name of `__all__`, room after room.
 
     A directive for the facade alone would miss a function whose module has the same name.
     """
@@ -78,4 +100,28 @@ def reference(facade: Path) -> str:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
-    return "\n\n".join(f"::: {modules[name]}.{name}" for name in names if name in modules)
+    rooms: dict[str, list[str]] = {room: [] for room in HEADINGS}
+    for name in names:
+        if name in modules:
+            room = modules[name].split(".")[1]
+            rooms.setdefault(room, []).append(f"::: {modules[name]}.{name}")
+    parts = []
+    for room, directives in rooms.items():
+        if directives:
+            parts += [f"## {HEADINGS.get(room, room.capitalize())}", *directives]
+    return "\n\n".join(parts)
+
+
+def render_notebook(path: Path) -> str:
+    """Write a notebook as a page: its text, its code, and what the code has printed."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        printed = "".join(line for output in cell["outputs"] for line in output["text"])
+        if printed:
+            parts.append(f"```text\n{printed.rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"

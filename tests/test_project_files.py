@@ -194,6 +194,10 @@ def test_every_page_of_docs_is_in_the_nav_and_the_other_way_round() -> None:
     assert generated["README.md"] == "index.md"
     pages = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
     pages |= {page for source, page in generated.items() if (ROOT / source).exists()}
+    notebooks = dict(re.findall(r'"docs/([\w/]+\.ipynb)": "([\w/]+\.md)"', hooks))
+    docs = ROOT / "docs"
+    assert set(notebooks) == {p.relative_to(docs).as_posix() for p in docs.rglob("*.ipynb")}
+    pages |= set(notebooks.values())
     nav = nav_pages(read_yaml(ROOT / "mkdocs.yml")["nav"])
     assert sorted(nav) == sorted(pages)
 
