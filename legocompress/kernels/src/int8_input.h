@@ -27,10 +27,11 @@ struct Phases {
 };
 
 INLINE void fill_pixels(uint8_t* to, int64_t count, int32_t value) {
-  int32_t* p = reinterpret_cast<int32_t*>(to);
-  for (int64_t i = 0; i < count; i++) {
-    p[i] = value;
-    asm volatile("");
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + 4 * i, splat(value));
+  for (; i < count; i++) {
+    __builtin_memcpy(to + 4 * i, &value, 4);
+    asm volatile("");  // so that the compiler does not make it a call of memset
   }
 }
 

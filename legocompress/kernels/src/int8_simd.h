@@ -43,7 +43,7 @@ INLINE H narrow(I a, I b) { return _mm512_packs_epi32(a, b); }
 INLINE H multiply_high(H a, H b) { return _mm512_mulhrs_epi16(a, b); }
 INLINE H add_saturated(H a, H b) { return _mm512_adds_epi16(a, b); }
 INLINE H subtract16(H a, H b) { return _mm512_sub_epi16(a, b); }
-INLINE H shift_right16(H a, int64_t n) { return _mm512_sra_epi16(a, _mm_cvtsi64_si128(n)); }
+INLINE H shift_right16(H a, H n) { return _mm512_srav_epi16(a, n); }
 INLINE H clamp16(H a, H low, H high) { return _mm512_min_epi16(_mm512_max_epi16(a, low), high); }
 // Four channels of kGranule pixels, each in 0 to 255, to quads.
 INLINE void zip(const H* y, I& a, I& b) {
@@ -104,7 +104,10 @@ INLINE H narrow(I a, I b) { return _mm256_packs_epi32(a, b); }
 INLINE H multiply_high(H a, H b) { return _mm256_mulhrs_epi16(a, b); }
 INLINE H add_saturated(H a, H b) { return _mm256_adds_epi16(a, b); }
 INLINE H subtract16(H a, H b) { return _mm256_sub_epi16(a, b); }
-INLINE H shift_right16(H a, int64_t n) { return _mm256_sra_epi16(a, _mm_cvtsi64_si128(n)); }
+// n is the same everywhere.
+INLINE H shift_right16(H a, H n) {
+  return _mm256_sra_epi16(a, _mm_and_si128(_mm256_castsi256_si128(n), _mm_cvtsi32_si128(0xffff)));
+}
 INLINE H clamp16(H a, H low, H high) { return _mm256_min_epi16(_mm256_max_epi16(a, low), high); }
 INLINE void zip(const H* y, I& a, I& b) {
   const H y01 = _mm256_or_si256(y[0], _mm256_slli_epi16(y[1], 8));
@@ -180,7 +183,7 @@ INLINE H add_saturated(H a, H b) {
   return narrow(low_half(a) + low_half(b), high_half(a) + high_half(b));
 }
 INLINE H subtract16(H a, H b) { return a - b; }
-INLINE H shift_right16(H a, int64_t n) { return a >> static_cast<int16_t>(n); }
+INLINE H shift_right16(H a, H n) { return a >> n; }
 INLINE H clamp16(H a, H low, H high) {
   a = a > low ? a : low;
   return a < high ? a : high;
