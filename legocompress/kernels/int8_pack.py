@@ -256,7 +256,7 @@ def _pack_filters(parts: list[_Part], layout: int) -> tuple[Tensor, Tensor]:
 
 
 def _panels(filters: Tensor) -> list[Tensor]:
-    return list(filters.split(_PANEL_ROWS))
+    return list(torch.split(filters, _PANEL_ROWS))
 
 
 def _arrange_quads(filters: Tensor) -> Tensor:
