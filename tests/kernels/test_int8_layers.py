@@ -150,8 +150,7 @@ def test_maps_and_convs_that_do_not_fit_are_refused() -> None:
         kernels.convolve_int8(x, replace(packed, data=packed.data[:-64].clone()))
     with pytest.raises(KernelError, match="do not run here"), kernels.use_int8_isa("sse9"):
         pass
+    summed = replace(conv, residual_multiplier=5)
+    packed = kernels.pack_integer_conv(summed, case.stride, case.padding, case.dilation)
     with pytest.raises(KernelError, match="there is none"):
-        summed = replace(conv, residual_multiplier=5)
-        kernels.convolve_int8(
-            x, kernels.pack_integer_conv(summed, case.stride, case.padding, case.dilation)
-        )
+        kernels.convolve_int8(x, packed)
