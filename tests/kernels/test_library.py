@@ -160,7 +160,7 @@ INT8_FLAGS = {
 
 
 def sanitized_int8_isas() -> list[str]:
-    """The portable int8 kernels and the best ones; the others share all of their code with these."""
+    """The portable int8 kernels and the best ones; the others share their code."""
     return ["portable", *([kernels.int8_isa()] if kernels.int8_isa() != "portable" else [])]
 
 
