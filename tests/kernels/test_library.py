@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from legocompress import kernels
+from tests.support.int8_cases import Int8Case, random_int8_case
 from tests.support.kernel_cases import (
     ACTIVATIONS,
     SIZES,
@@ -104,12 +106,62 @@ def encode_calls(cases: list[tuple[Case, str, int]]) -> bytes:
     return b"".join(parts)
 
 
+def encode_int8_calls(cases: list[Int8Case]) -> bytes:
+    """Encode calls of lego_int8_conv for the driver, each for `sanitized_int8_isas`.
+
+    The first conv is also called with a packed buffer that was cut short.
+    """
+    parts: list[bytes] = []
+    count = 0
+
+    def add(*tensors: torch.Tensor | None) -> None:
+        for tensor in tensors:
+            data = b"" if tensor is None else tensor.contiguous().numpy().tobytes()
+            parts.append(struct.pack("=q", len(data)) + data)
+
+    for number, case in enumerate(cases):
+        expected = case.expected()
+        y = kernels.lay_out_map(expected, case.out_border, 9)
+        is_pixel = kernels.lay_out_map(torch.ones_like(expected), case.out_border, 0)
+        x = kernels.lay_out_map(case.x, case.border, case.conv.x_zero)
+        residual = None
+        if case.residual is not None:
+            residual = kernels.lay_out_map(case.residual, case.out_border, 0).data
+        for isa in sanitized_int8_isas():
+            code = kernels.int8_isas()[isa]
+            with kernels.use_int8_isa(isa):
+                packed = kernels.pack_integer_conv(
+                    case.conv, case.stride, case.padding, case.dilation
+                ).data
+            for cut in (0, 64) if number == 0 else (0,):
+                parts.append(struct.pack("=q", 1 if cut else 0))
+                add(packed[: len(packed) - cut], x.data, residual, y.data, is_pixel.data)
+                sizes = (case.x.shape[0], *case.x.shape[2:], case.border, *expected.shape[2:])
+                parts.append(struct.pack("=9q", *sizes, case.out_border, 9, code + 1))
+                count += 1
+    return struct.pack("=q", count) + b"".join(parts)
+
+
 SOURCES = Path(kernels.__file__).parent / "src"
 SUPPORT = Path(__file__).parents[1] / "support"
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma"],
 }
+INT8_FLAGS = {
+    "avx2": ["-mavx2"],
+    "avx_vnni": ["-mavx2", "-mavxvnni"],
+    "avx512": ISA_FLAGS["avx512"],
+    "avx512_vnni": [*ISA_FLAGS["avx512"], "-mavx512vnni"],
+    "amx": [
+        *ISA_FLAGS["avx512"], "-mavx512vnni", "-mavx512vbmi", "-mamx-tile", "-mamx-int8",
+    ],
+}  # fmt: skip
+
+
+def sanitized_int8_isas() -> list[str]:
+    """The portable int8 kernels and the best ones; the others share their code."""
+    return ["portable", *([kernels.int8_isa()] if kernels.int8_isa() != "portable" else [])]
 
 
 def runnable_isas() -> list[str]:
@@ -139,11 +191,16 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
             cases.append((make_case(c=5, stride=(2, 2), size=(batch, *size)), "direct", 0))
     cases += [(make_case(channels_last=True), "winograd", 0)]
     cases += [(make_case(), "direct", cut) for cut in (1, 300, 100000)]
-    (tmp_path / "calls").write_bytes(encode_calls(cases))
+    torch.manual_seed(0)
+    kinds = ["lego", "lego", "dense", "grouped", "grouped lego", "depthwise"]
+    int8_cases = [random_int8_case(rnd, kind) for kind in kinds for _ in range(4)]
+    (tmp_path / "calls").write_bytes(encode_calls(cases) + encode_int8_calls(int8_cases))
     flags = ["-std=c++17", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += ["-ffp-contract=fast", "-Wno-psabi", "-pthread", f"-I{SOURCES}"]
     isas = runnable_isas()
     isa_flags = {f"kernel_{isa}.cpp": opts for isa, opts in ISA_FLAGS.items() if isa in isas}
+    for isa in sanitized_int8_isas():
+        isa_flags[f"int8_{isa}.cpp"] = INT8_FLAGS.get(isa, [])
     builds = []
     for source in [*SOURCES.glob("*.cpp"), SUPPORT / "kernel_driver.cpp"]:
         target = str(tmp_path / f"{source.stem}.o")

@@ -40,6 +40,13 @@ struct DepthwiseCall {
   int64_t activation, threads;
 };
 extern "C" int64_t lego_depthwise(const DepthwiseCall*);
+struct Int8ConvCall {
+  const char* packed;
+  const uint8_t *x, *residual;
+  uint8_t* y;
+  int64_t packed_bytes, numbers[8], isa, threads;
+};
+extern "C" int64_t lego_int8_conv(const Int8ConvCall*);
 struct RunCall {
   const int64_t* code;
   int64_t words;
@@ -212,6 +219,40 @@ static int check_pooling() {
   return n;
 }
 
+// Compares calls of lego_int8_conv from the file with their expected outputs; returns how many, or exits.
+static int64_t check_int8_convs() {
+  const int64_t n_cases = read_number();
+  for (int64_t i = 0; i < n_cases; i++) {
+    const int64_t expected_status = read_number();
+    const std::vector<char> packed = read_values<char>();
+    const std::vector<uint8_t> x = read_values<uint8_t>(), residual = read_values<uint8_t>();
+    // The whole buffer of the output, and which of its bytes are pixels of channels.
+    const std::vector<uint8_t> expected = read_values<uint8_t>(), is_pixel = read_values<uint8_t>();
+    Int8ConvCall c{};
+    c.packed = packed.data(), c.packed_bytes = static_cast<int64_t>(packed.size());
+    c.x = x.data(), c.residual = residual.empty() ? nullptr : residual.data();
+    for (int64_t& n : c.numbers) n = read_number();
+    c.isa = read_number(), c.threads = 1 + i % 3;
+    std::vector<uint8_t> y(expected.size(), 77);
+    c.y = y.data();
+    const int64_t status = lego_int8_conv(&c);
+    if (status != expected_status) {
+      std::printf("int8 case %lld: status %lld\n", static_cast<long long>(i), static_cast<long long>(status));
+      std::exit(7);
+    }
+    if (status) continue;
+    for (size_t u = 0; u < y.size(); u++) {
+      // Nothing is written before and after the planes.
+      const bool in_slack = u < 1024 || u >= y.size() - 1024;
+      if (in_slack ? y[u] != 77 : is_pixel[u] && y[u] != expected[u]) {
+        std::printf("int8 case %lld: y[%zu] is %d, not %d\n", static_cast<long long>(i), u, y[u], expected[u]);
+        std::exit(7);
+      }
+    }
+  }
+  return n_cases;
+}
+
 int main(int argc, char** argv) {
   file = argc > 1 ? std::fopen(argv[1], "rb") : nullptr;
   if (!file) return 3;
@@ -268,6 +309,8 @@ int main(int argc, char** argv) {
     }
   }
   if (check_pooling() != 300 + 69 || check_linear_layers() != 200 || check_depthwise_convs() != 300) return 4;
+  const int64_t n_int8 = check_int8_convs();
+  std::printf("%s: %lld int8 calls\n", lego_isa(), static_cast<long long>(n_int8));
   std::printf("%s: %lld calls, worst error %.1e\n", lego_isa(), static_cast<long long>(n_cases),
               worst);
   return 0;
