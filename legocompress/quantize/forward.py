@@ -1,0 +1,180 @@
+"""The forward of a quantised module: its integers where they are valid, else its own fp32 code."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from legocompress.deploy.forward import GraphForward
+from legocompress.deploy.guard import StateGuard
+from legocompress.errors import CheckpointError, LegoError
+from legocompress.models.probe import evaluating
+from legocompress.quantize.assignment import assign_roles
+from legocompress.quantize.integer_graph import IntegerGraph, trace_integer_graph
+from legocompress.quantize.layers import ConvLayer, LinearLayer
+from legocompress.quantize.lowering import lower_graph
+from legocompress.quantize.rounding import is_rounded
+from legocompress.state.quantization import QuantizedPart
+
+NEEDS_GRADIENTS = (
+    "a quantised network was called with gradients enabled, so it computes in fp32; call it under "
+    "torch.no_grad() or torch.inference_mode()"
+)
+HAS_CHANGED = (
+    "a quantised network has changed since quantize_ ({}), so it computes in fp32; call "
+    "unquantize_ and then quantize_ to quantise it as it is now"
+)
+
+
+class QuantizedForward(GraphForward):
+    """Runs the emulation of a quantised module in the place of its `forward`.
+
+    The integers are made from the weights and the record at the first call; so a copy of the
+    network, and one that was loaded, computes as the original does.
+
+    Args:
+        name: the module's name in the network; '' for the root.
+        module: the network or a part of it, whose weights lie on the int8 grid.
+        part: its ranges and shifts.
+        float_layers: names of the layers that compute in fp32.
+        warned: kinds of warnings that the parts of a network have given; each is given once.
+    """
+
+    needs_gradients = NEEDS_GRADIENTS
+    has_changed = HAS_CHANGED
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        part: QuantizedPart,
+        float_layers: frozenset[str],
+        warned: set[str],
+    ) -> None:
+        kinds = [(torch.device("cpu"), torch.float32, len(shape)) for shape in part.inputs]
+        super().__init__(module, kinds, warned)
+        self.name, self.part, self.float_layers = name, part, float_layers
+        self.off_grid: str | None = None  # a layer whose weights were no integers at the first call
+
+    def is_ready(self) -> bool:
+        """Whether there are integers to run; they are made at the first call.
+
+        Raises:
+            CheckpointError: the record does not fit the network.
+        """
+        if self.run is None and self.off_grid is None:
+            self._build()
+        if self.off_grid is not None:
+            self._warn_once("change", self.has_changed.format(self.off_grid))
+        return super().is_ready()
+
+    def _build(self) -> None:
+        graph = self.trace()
+        for _, layer in graph.layers():
+            source = weight_owner(layer)
+            if layer.name not in self.float_layers and not is_rounded(source):
+                self.off_grid = f"{layer.name}.weight"
+                return
+        lowered, live = lower_part(graph, self.part, self.float_layers)
+        self.graph, self.run = lowered, lowered.forward
+        self.guard = StateGuard(self.module, live, self.name)
+
+    def trace(self) -> IntegerGraph:
+        """The module's graph in fp32, traced anew.
+
+        Raises:
+            CheckpointError: the module cannot be traced with the inputs of the record.
+        """
+        generator = torch.Generator().manual_seed(0)
+        inputs = tuple(torch.randn(shape, generator=generator) for shape in self.part.inputs)
+        try:
+            with evaluating(self.module):
+                return trace_integer_graph(self.name, self.module, inputs)
+        # The network's own code may refuse the shapes of a damaged record with any exception.
+        except Exception as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"quantisation: {self.name or 'the network'!r} cannot be traced on inputs of the "
+                f"stored shapes {self.part.inputs}: {str(error)[:200]}"
+            ) from error
+
+
+def lower_part(
+    graph: IntegerGraph, part: QuantizedPart, float_layers: frozenset[str]
+) -> tuple[fx.GraphModule, set[nn.Module]]:
+    """The graph of integers of a part, and the modules that it calls as they are.
+
+    Raises:
+        CheckpointError: the record does not fit the graph.
+    """
+    set_exact_(graph, float_layers)
+    try:
+        assignment = assign_roles(graph, float_layers)
+    except CheckpointError:
+        raise
+    except LegoError as error:
+        raise CheckpointError(f"quantisation: {error}") from error
+    convs = {
+        layer.name
+        for node, layer in graph.layers()
+        if isinstance(layer, ConvLayer) and node in assignment.integer
+    }
+    _check_names("ranges", part.ranges, assignment.needed)
+    _check_names("shifts", part.shifts, convs)
+    lowered = lower_graph(graph, assignment, part.ranges, part.shifts)
+    return lowered, graph.live_modules()
+
+
+def set_exact_(graph: IntegerGraph, names: Collection[str]) -> None:
+    """Let the convs of these names, and no others, compute with weights that are not rounded."""
+    for _, layer in graph.layers():
+        if isinstance(layer, ConvLayer):
+            layer.is_exact = layer.name in names
+
+
+def _check_names(kind: str, stored: Mapping[str, Any], needed: set[str]) -> None:
+    odd = sorted(stored.keys() ^ needed)
+    if odd:
+        state = "does not need them" if odd[0] in stored else "needs them"
+        raise CheckpointError(f"quantisation: {kind} of {odd[0]!r}: the network {state}")
+
+
+def weight_owner(layer: nn.Module) -> nn.Module | None:
+    """The layer of the network that holds the weights, if one does."""
+    if isinstance(layer, LinearLayer):
+        return layer.layer[0]
+    if isinstance(layer, ConvLayer) and layer.folded is not None:
+        return layer.folded.layer
+    return None
+
+
+def install_parts_(model: nn.Module, parts: Mapping[str, QuantizedPart], float_layers: Any) -> None:
+    """Let the parts of a network compute in integers.
+
+    Raises:
+        CheckpointError: the network has no part of a name.
+    """
+    modules = dict(model.named_modules())
+    for name in parts:
+        if name not in modules:
+            raise CheckpointError(f"quantisation: the network has no part called {name!r}")
+    warned: set[str] = set()
+    for name, part in parts.items():
+        module = modules[name]
+        forward = QuantizedForward(name, module, part, frozenset(float_layers), warned)
+        module.__dict__["forward"] = forward
+
+
+def uninstall_parts_(model: nn.Module) -> None:
+    """Let every module compute by its own code again."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, QuantizedForward):
+            del module.__dict__["forward"]
+            if forward.previous is not None:
+                module.__dict__["forward"] = forward.previous
+
