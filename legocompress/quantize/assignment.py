@@ -20,6 +20,8 @@ from legocompress.quantize.layers import (
     PoolLayer,
 )
 
+STARTS = (ConvLayer, LinearLayer)  # what is integer whatever it reads
+
 
 @dataclass
 class Assignment:
@@ -40,7 +42,8 @@ class Assignment:
 def assign_roles(graph: IntegerGraph, excluded: Collection[str] = ()) -> Assignment:
     """Find the integer nodes of a graph and the names of the ranges that they need.
 
-    Convs and linear layers are integer; other operators only if they read an integer node.
+    Convs and linear layers are integer; other operators only if they read an integer node, and an
+    integer node reads them.
 
     Args:
         graph: the traced network.
@@ -59,9 +62,13 @@ def assign_roles(graph: IntegerGraph, excluded: Collection[str] = ()) -> Assignm
             elif may_write(graph.graph_module, node):
                 _check_write(node)
         elif layer.name not in excluded:
-            starts = isinstance(layer, (ConvLayer, LinearLayer))
+            starts = isinstance(layer, STARTS)
             if starts or any(_is_uint8(graph, x, integer) for x in node.all_input_nodes):
                 integer.add(node)
+    for node in reversed(graph.nodes):  # logits keep more than 8 bits
+        starts = isinstance(graph.layer(node), STARTS)
+        if node in integer and not starts and not any(user in integer for user in node.users):
+            integer.remove(node)
     return Assignment(integer, *_name_ranges(graph, integer))
 
 

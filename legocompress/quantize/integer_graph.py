@@ -245,6 +245,13 @@ def is_move(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return False
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node reads only the sizes of its tensor."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
 def _is_nearest(node: fx.Node) -> bool:
     mode = node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")
     return node.target is F.interpolate and mode == "nearest"

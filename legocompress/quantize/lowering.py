@@ -10,7 +10,7 @@ from torch import fx, nn
 from legocompress.errors import CheckpointError
 from legocompress.quantize import builder
 from legocompress.quantize.assignment import Assignment
-from legocompress.quantize.integer_graph import IntegerGraph
+from legocompress.quantize.integer_graph import IntegerGraph, is_size
 from legocompress.quantize.layers import (
     AddLayer,
     CatLayer,
@@ -82,6 +82,8 @@ class _Lowering:
         for node in self.source.nodes:
             if node in self.assignment.integer:
                 self._lower(node)
+            elif is_size(node) and node.args[0] in self.integers:
+                self.floats[node] = self.graph.node_copy(node, self._as_integer)
             else:
                 self.floats[node] = self.graph.node_copy(node, self._as_float)
         root = dict(self.source.graph_module.named_modules())
@@ -123,8 +125,10 @@ class _Lowering:
 
     def _lower(self, node: fx.Node) -> None:
         layer = self.source.layer(node)
-        if layer is None:
-            self.integers[node] = self.graph.node_copy(node, self._as_integer)
+        if layer is None:  # other arguments of what moves values are sizes
+            self.integers[node] = self.graph.node_copy(
+                node, lambda x: self._as_integer(x) if x is node.args[0] else self._as_float(x)
+            )
             return
         args = tuple(map(self._as_integer, node.all_input_nodes))
         if len(node.all_input_nodes) != len(node.args):  # one map is read twice
