@@ -32,6 +32,7 @@ from legocompress.lego.surgery import (
 )
 from legocompress.models.factory import create
 from legocompress.models.head import reset_classifier_
+from legocompress.quantize import Quantization, quantize_, unquantize_
 from legocompress.report.measurement import measure
 from legocompress.report.results import Report
 from legocompress.report.versus_dense import BenchmarkRun, benchmark
@@ -52,6 +53,7 @@ __all__ = [
     "LegoSpec",
     "LegoState",
     "Plan",
+    "Quantization",
     "Recipe",
     "Report",
     "Rule",
@@ -81,6 +83,7 @@ __all__ = [
     "open_training",
     "plan",
     "push",
+    "quantize_",
     "reset_classifier_",
     "save",
     "synthesise",
@@ -88,4 +91,5 @@ __all__ = [
     "to_dense_",
     "train_indices_",
     "undeploy_",
+    "unquantize_",
 ]

@@ -34,31 +34,34 @@ LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
-    """Write a converted network as a folder from which alone `load` rebuilds it.
+    """Write a converted or quantised network as a folder from which alone `load` rebuilds it.
 
     Filters and coefficients are stored in the dtypes of the conversion. Values that training has
     changed are rounded to these dtypes in the file.
 
     Args:
-        model: the converted network.
+        model: the converted or quantised network.
         path: the folder to write.
         force: replace an existing folder.
 
     Raises:
         UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
-        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt
-            from its source.
+        CheckpointError: the model holds no Lego module and is not quantised, its architecture
+            cannot be rebuilt from its source, or it has changed since it was quantised.
         OutputExistsError: the folder exists and `force` is not given, or it holds other files.
         OutputError: it cannot be written.
     """
     check_network(model)
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
-    if not layers:
-        raise CheckpointError("the model holds no Lego module; convert it before saving")
+    quantization = lego_state(model).quantization
+    if not layers and quantization is None:
+        raise CheckpointError(
+            "the model holds no Lego module and is not quantised; convert it before saving"
+        )
     source = _find_rebuildable_source(model, source_of(model))
     record = lego_state(model).conversion
     block = CompressionConfig(
-        format_version=FORMAT_VERSION,
+        format_version=1 if quantization is None else FORMAT_VERSION,
         legocompress_version=VERSION,
         library=source.library,
         reparameterized=source.reparameterized,
@@ -69,10 +72,13 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         recipe=record.recipe if isinstance(record, ConversionRecord) else None,
         layers=layers,
         calibration=lego_state(model).calibration,
+        quantization=quantization,
         deployment=lego_state(model).choices,
     )
     config = timm_config(model, source)
     config["compression_config"] = block.model_dump(mode="json")
+    if quantization is None:
+        del config["compression_config"]["quantization"]
     text = format_config(config)
     target = Path(path)
     check_target(target, force)

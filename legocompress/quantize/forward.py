@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from legocompress.deploy.forward import GraphForward
 from legocompress.deploy.guard import StateGuard
-from legocompress.errors import CheckpointError, LegoError
+from legocompress.errors import CheckpointError, LegoError, first_line
 from legocompress.models.probe import evaluating
 from legocompress.quantize.assignment import assign_roles
 from legocompress.quantize.integer_graph import IntegerGraph, trace_integer_graph
@@ -39,7 +39,6 @@ class QuantizedForward(GraphForward):
         name: the module's name in the network; '' for the root.
         module: the network or a part of it, whose weights lie on the int8 grid.
         part: its ranges and shifts.
-        float_layers: names of the layers that compute in fp32.
         warned: kinds of warnings that the parts of a network have given; each is given once.
     """
 
@@ -51,12 +50,11 @@ class QuantizedForward(GraphForward):
         name: str,
         module: nn.Module,
         part: QuantizedPart,
-        float_layers: frozenset[str],
         warned: set[str],
     ) -> None:
         kinds = [(torch.device("cpu"), torch.float32, len(shape)) for shape in part.inputs]
         super().__init__(module, kinds, warned)
-        self.name, self.part, self.float_layers = name, part, float_layers
+        self.name, self.part = name, part
         self.off_grid: str | None = None  # a layer whose weights were no integers at the first call
 
     def is_ready(self) -> bool:
@@ -75,10 +73,10 @@ class QuantizedForward(GraphForward):
         graph = self.trace()
         for _, layer in graph.layers():
             source = weight_owner(layer)
-            if layer.name not in self.float_layers and not is_rounded(source):
+            if layer.name not in self.part.float_layers and not is_rounded(source):
                 self.off_grid = f"{layer.name}.weight"
                 return
-        lowered, live = lower_part(graph, self.part, self.float_layers)
+        lowered, live = lower_part(graph, self.part)
         self.graph, self.run = lowered, lowered.forward
         self.guard = StateGuard(self.module, live, self.name)
 
@@ -90,7 +88,11 @@ class QuantizedForward(GraphForward):
         """
         generator = torch.Generator().manual_seed(0)
         inputs = tuple(torch.randn(shape, generator=generator) for shape in self.part.inputs)
+        # A module that is itself one conv is called when it is traced.
+        ours = self.module.__dict__.pop("forward", None)
         try:
+            if self.previous is not None:
+                self.module.__dict__["forward"] = self.previous
             with evaluating(self.module):
                 return trace_integer_graph(self.name, self.module, inputs)
         # The network's own code may refuse the shapes of a damaged record with any exception.
@@ -99,21 +101,28 @@ class QuantizedForward(GraphForward):
                 raise
             raise CheckpointError(
                 f"quantisation: {self.name or 'the network'!r} cannot be traced on inputs of the "
-                f"stored shapes {self.part.inputs}: {str(error)[:200]}"
+                f"stored shapes {self.part.inputs}: {first_line(error)}"
             ) from error
+        finally:
+            self.module.__dict__.pop("forward", None)
+            if ours is not None:
+                self.module.__dict__["forward"] = ours
 
 
 def lower_part(
-    graph: IntegerGraph, part: QuantizedPart, float_layers: frozenset[str]
+    graph: IntegerGraph, part: QuantizedPart
 ) -> tuple[fx.GraphModule, set[nn.Module]]:
     """The graph of integers of a part, and the modules that it calls as they are.
 
     Raises:
         CheckpointError: the record does not fit the graph.
     """
-    set_exact_(graph, float_layers)
+    unknown = part.float_layers.keys() - {layer.name for _, layer in graph.layers()}
+    if unknown:
+        raise CheckpointError(f"quantisation: the network has no layer {min(unknown)!r}")
+    set_exact_(graph, part.float_layers)
     try:
-        assignment = assign_roles(graph, float_layers)
+        assignment = assign_roles(graph, part.float_layers)
     except CheckpointError:
         raise
     except LegoError as error:
@@ -152,7 +161,7 @@ def weight_owner(layer: nn.Module) -> nn.Module | None:
     return None
 
 
-def install_parts_(model: nn.Module, parts: Mapping[str, QuantizedPart], float_layers: Any) -> None:
+def install_parts_(model: nn.Module, parts: Mapping[str, QuantizedPart]) -> None:
     """Let the parts of a network compute in integers.
 
     Raises:
@@ -165,7 +174,7 @@ def install_parts_(model: nn.Module, parts: Mapping[str, QuantizedPart], float_l
     warned: set[str] = set()
     for name, part in parts.items():
         module = modules[name]
-        forward = QuantizedForward(name, module, part, frozenset(float_layers), warned)
+        forward = QuantizedForward(name, module, part, warned)
         module.__dict__["forward"] = forward
 
 

@@ -20,18 +20,17 @@ from legocompress.quantize.assignment import assign_roles
 from legocompress.quantize.forward import install_parts_, set_exact_, uninstall_parts_, weight_owner
 from legocompress.quantize.integer_graph import IntegerGraph
 from legocompress.quantize.observation import observe
-from legocompress.quantize.ranges import METHODS
 from legocompress.quantize.rounding import round_layers_
 from legocompress.quantize.search import (
     Excluded,
-    Judge,
     ObservedPart,
+    choose_method,
+    exclude_layers,
     integer_forwards,
     make_judge,
-    try_candidate,
 )
 from legocompress.state.model_state import lego_state
-from legocompress.state.quantization import PRECISIONS, Quantization, QuantizedPart
+from legocompress.state.quantization import PRECISIONS, Quantization
 
 FEWEST = 10  # images
 TRIED = 16  # images that candidates are compared on
@@ -85,17 +84,18 @@ def quantize_(
         ]
         step = max(1, len(images) // TRIED)
         judge = make_judge(model, torch.split(images[::step][:TRIED], batch_size))
-        method, plans, excluded = _search(judge, observed, report)
-        similarity = judge.measure(integer_forwards(observed, plans, excluded))
-    layers, dense_layers = _quantized_layers(model, observed, excluded)
+        candidate = choose_method(judge, observed, report)
+        candidate = exclude_layers(judge, observed, candidate, report)
+        plans = candidate.plans
+        similarity = judge.measure(integer_forwards(observed, plans))
+    layers, dense_layers = _quantized_layers(model, observed, candidate.excluded)
     lego_state(model).quantization = Quantization(
         precision="int8",
-        method=method,
+        method=candidate.method,
         images=len(images),
         sha256=hash_tensor(images),
         parts={part.graph.name: plan for part, plan in zip(observed, plans, strict=True)},
         dense_layers=dense_layers,
-        float_layers=excluded,
         notes=tuple(notes),
         error=similarity.error,
         agreement=similarity.agreement,
@@ -113,7 +113,7 @@ def requantize_(model: ModelT) -> ModelT:
     record = lego_state(model).quantization
     if record is not None:
         uninstall_parts_(model)
-        install_parts_(model, record.parts, record.float_layers)
+        install_parts_(model, record.parts)
     return model
 
 
@@ -196,19 +196,6 @@ def _compare(graph: IntegerGraph, inputs: tuple[Tensor, ...]) -> str | None:
     actual = graph.graph_module(*inputs)
     set_exact_(graph, ())
     return None if outputs_agree(expected, actual) else "traced, it computes something else"
-
-
-def _search(
-    judge: Judge, parts: Sequence[ObservedPart], report: Callable[[str, int, int], None]
-) -> tuple[str, list[QuantizedPart], Excluded]:
-    best = None
-    for number, method in enumerate(METHODS):
-        plans, excluded, similarity = try_candidate(judge, parts, method, {})
-        report("choosing ranges", number + 1, len(METHODS))
-        if best is None or similarity.error < best[0]:
-            best = similarity.error, method, plans, excluded
-    assert best is not None
-    return best[1:]
 
 
 def _quantized_layers(

@@ -17,11 +17,16 @@ from legocompress.quantize.forward import lower_part, set_exact_
 from legocompress.quantize.integer_graph import IntegerGraph
 from legocompress.quantize.layers import AddLayer, ConvLayer, GateLayer, LinearLayer
 from legocompress.quantize.observation import Observations, replaced_forwards
-from legocompress.quantize.ranges import choose_range
+from legocompress.quantize.ranges import METHODS, choose_range
 from legocompress.state.quantization import ConvShifts, MapRange, QuantizedPart
 
 UNFIT = "its sums or multipliers do not fit 16 bits"
 Excluded = dict[str, str]  # name of a layer -> reason
+OnStep = Callable[[str, int, int], None]
+ENOUGH = 0.15  # error of the outputs, with which no layer is left in fp32
+WORTH = 1.05  # a layer in fp32 must lower the error by this factor
+MOST = 0.1  # of the convs may be left in fp32
+FEW = 4  # images on which single layers are tried
 
 
 @dataclass
@@ -68,7 +73,13 @@ def plan_part(part: ObservedPart, method: str, excluded: Excluded) -> QuantizedP
                 y = ranges[assignment.names[node]]
                 unfit += [] if builder.gate_shift(*maps, y) is not None else [layer.name]
         if not unfit:
-            return QuantizedPart(inputs=part.inputs, ranges=ranges, shifts=shifts)
+            ours = {layer.name for _, layer in part.graph.layers()}
+            return QuantizedPart(
+                inputs=part.inputs,
+                ranges=ranges,
+                shifts=shifts,
+                float_layers={name: why for name, why in excluded.items() if name in ours},
+            )
         excluded.update(dict.fromkeys(unfit, UNFIT))
 
 
@@ -78,9 +89,9 @@ class _Rounding(fx.Interpreter):
     This is within a rounding of 16-bit sums of the emulation, and several times as fast.
     """
 
-    def __init__(self, part: ObservedPart, plan: QuantizedPart, excluded: Excluded) -> None:
+    def __init__(self, part: ObservedPart, plan: QuantizedPart) -> None:
         super().__init__(part.graph.graph_module)
-        assignment = assign_roles(part.graph, excluded)
+        assignment = assign_roles(part.graph, plan.float_layers)
         self.ranges = plan.ranges
         self.names = {
             x: assignment.names[x]
@@ -157,6 +168,11 @@ class Judge:
         return Similarity((error / max(energy, 1e-30)) ** 0.5, agreement)
 
 
+    def first(self, n_images: int) -> Judge:
+        """A judge of the first images of the first batch."""
+        return make_judge(self.model, [self.batches[0][:n_images]])
+
+
 @dataclass(frozen=True)
 class Similarity:
     """The relative error of centred outputs, and the agreement of classes in percent."""
@@ -178,29 +194,97 @@ def centre(output: Tensor) -> Tensor:
 
 
 def rounding_forwards(
-    parts: Sequence[ObservedPart], plans: Sequence[QuantizedPart], excluded: Excluded
+    parts: Sequence[ObservedPart], plans: Sequence[QuantizedPart]
 ) -> list[tuple[nn.Module, Replacement]]:
     """Forwards that round as a candidate does."""
-    pairs = zip(parts, plans, strict=True)
-    for part in parts:
-        set_exact_(part.graph, frozenset(excluded))
-    return [(part.graph.root, GraphRun(_Rounding(part, plan, excluded).run)) for part, plan in pairs]
+    forwards: list[tuple[nn.Module, Replacement]] = []
+    for part, plan in zip(parts, plans, strict=True):
+        set_exact_(part.graph, plan.float_layers)
+        forwards.append((part.graph.root, GraphRun(_Rounding(part, plan).run)))
+    return forwards
 
 
 def integer_forwards(
-    parts: Sequence[ObservedPart], plans: Sequence[QuantizedPart], excluded: Excluded
+    parts: Sequence[ObservedPart], plans: Sequence[QuantizedPart]
 ) -> list[tuple[nn.Module, Replacement]]:
     """The emulations of a candidate."""
     return [
-        (part.graph.root, GraphRun(lower_part(part.graph, plan, frozenset(excluded))[0]))
+        (part.graph.root, GraphRun(lower_part(part.graph, plan)[0]))
         for part, plan in zip(parts, plans, strict=True)
     ]
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantise a network, and how near its outputs come to those in fp32."""
+
+    method: str
+    plans: list[QuantizedPart]
+    excluded: Excluded
+    error: float
+
+
 def try_candidate(
     judge: Judge, parts: Sequence[ObservedPart], method: str, excluded: Excluded
-) -> tuple[list[QuantizedPart], Excluded, Similarity]:
-    """Plan all parts by a method, and measure the result."""
+) -> Candidate:
+    """Plan all parts by a method, and measure the result.
+
+    Args:
+        judge: what measures.
+        parts: of the network.
+        method: one of `ranges.METHODS`.
+        excluded: layers that stay in fp32, with the reason.
+    """
     excluded = dict(excluded)
     plans = [plan_part(part, method, excluded) for part in parts]
-    return plans, excluded, judge.measure(rounding_forwards(parts, plans, excluded))
+    error = judge.measure(rounding_forwards(parts, plans)).error
+    return Candidate(method, plans, excluded, error)
+
+
+def choose_method(judge: Judge, parts: Sequence[ObservedPart], report: OnStep) -> Candidate:
+    """The candidate of the method with the least error; all layers are integer that can be."""
+    candidates = []
+    for number, method in enumerate(METHODS):
+        candidates.append(try_candidate(judge, parts, method, {}))
+        report("choosing ranges", number + 1, len(METHODS))
+    return min(candidates, key=lambda candidate: candidate.error)
+
+
+def exclude_layers(
+    judge: Judge, parts: Sequence[ObservedPart], candidate: Candidate, report: OnStep
+) -> Candidate:
+    """Leave in fp32, one by one, the convs that lose most, until the error is small enough.
+
+    First each conv alone is left in fp32, on few images, to learn what it loses. Then those that
+    lose most are left out in turn, as long as each lowers the error by a factor of `WORTH`.
+
+    Args:
+        judge: what measures.
+        parts: of the network.
+        candidate: the network with all layers in integers.
+        report: called after each trial.
+    """
+    names = [
+        layer.name
+        for part in parts
+        for _, layer in part.graph.layers()
+        if isinstance(layer, ConvLayer) and layer.folded is not None
+    ]
+    limit = max(1, round(MOST * len(names)))
+    if candidate.error <= ENOUGH or len(names) < 2:
+        return candidate
+    few = judge.first(FEW)
+    errors = {}
+    for number, name in enumerate(names):
+        trial = {**candidate.excluded, name: ""}
+        errors[name] = try_candidate(few, parts, candidate.method, trial).error
+        report("finding sensitive layers", number + 1, len(names))
+    for name in sorted(names, key=errors.__getitem__)[:limit]:
+        better = try_candidate(judge, parts, candidate.method, {**candidate.excluded, name: ""})
+        if better.error * WORTH < candidate.error:
+            gain = 100 * (1 - better.error / candidate.error)
+            better.excluded[name] = f"in fp32 the error of the network is {gain:.0f} % smaller"
+            candidate = try_candidate(judge, parts, candidate.method, better.excluded)
+        if candidate.error <= ENOUGH:
+            break
+    return candidate

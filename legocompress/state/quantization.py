@@ -45,6 +45,7 @@ class QuantizedPart(_Record):
         ranges: by name of the tensor: of a layer's output, its name; '.pre' is added for what its
             activation reads.
         shifts: by name of the layer.
+        float_layers: layers that could compute in integers and stay in fp32, with the reason.
     """
 
     inputs: tuple[tuple[Annotated[int, Field(ge=1, le=2**16)], ...], ...] = Field(
@@ -52,6 +53,7 @@ class QuantizedPart(_Record):
     )
     ranges: dict[Name, MapRange] = Field(max_length=MAX_ENTRIES)
     shifts: dict[Name, ConvShifts] = Field(max_length=MAX_ENTRIES)
+    float_layers: dict[Name, Name] = Field(default_factory=dict, max_length=MAX_ENTRIES)
 
     @field_validator("inputs")
     @classmethod
@@ -72,7 +74,6 @@ class Quantization(_Record):
         sha256: over these images.
         parts: by name of the traced module, '' for the whole network.
         dense_layers: layers that are no Lego modules and whose weights are int8.
-        float_layers: layers that compute in fp32, each with the reason.
         notes: parts of the network that run by their own code, and why.
         error: ||y - y'|| / ||y|| of the outputs of the fp32 and the quantised network, centred.
         agreement: percentage of images with the same first class; None for other outputs.
@@ -84,7 +85,11 @@ class Quantization(_Record):
     sha256: str = Field(max_length=64)
     parts: dict[Name, QuantizedPart] = Field(max_length=MAX_PARTS)
     dense_layers: tuple[Name, ...] = Field(max_length=MAX_ENTRIES)
-    float_layers: dict[Name, Name] = Field(max_length=MAX_ENTRIES)
     notes: tuple[Name, ...] = Field(default=(), max_length=MAX_ENTRIES)
     error: float
     agreement: float | None
+
+    @property
+    def float_layers(self) -> dict[str, str]:
+        """The layers that could compute in integers and stay in fp32, with the reason."""
+        return {name: why for part in self.parts.values() for name, why in part.float_layers.items()}
