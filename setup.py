@@ -6,14 +6,17 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("legocompress/kernels/src")
 # fp-contract: a product and a sum become one instruction. psabi: no function passes a vector.
+# maybe-uninitialized: GCC warns of its own AVX-512 intrinsics.
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -21,14 +24,21 @@ FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
     "-pthread",
 ]
+AVX512 = [
+    "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512",
+]  # fmt: skip
 # Each instruction set is a file of its own, so that no other code is compiled for it.
 X86_FLAGS = {
     "kernel_avx2.cpp": ["-mavx2", "-mfma"],
-    "kernel_avx512.cpp": [
-        "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma", "-mprefer-vector-width=512",
-    ],
+    "kernel_avx512.cpp": [*AVX512, "-mfma"],
+    "int8_avx2.cpp": ["-mavx2"],
+    "int8_avx_vnni.cpp": ["-mavx2", "-mavxvnni"],
+    "int8_avx512.cpp": [*AVX512],
+    "int8_avx512_vnni.cpp": [*AVX512, "-mavx512vnni"],
+    "int8_amx.cpp": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mamx-tile", "-mamx-int8"],
 }  # fmt: skip
 
 
@@ -64,6 +74,8 @@ class BuildKernels(build_ext):
         objects = []
         for source in ext.sources:
             instruction_set = X86_FLAGS.get(Path(source).name, []) if x86 else []
+            if not self.accepts(instruction_set):
+                instruction_set = []  # then the file is compiled to nothing
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
@@ -74,6 +86,19 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(
             objects, str(target), extra_postargs=["-pthread"], target_lang="c++"
         )
+
+    def accepts(self, flags: list[str]) -> bool:
+        """Whether the compiler is new enough for the flags of an instruction set."""
+        if not flags:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.cpp"
+            source.write_text("int main() { return 0; }\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
 
 
 class TagWheel(bdist_wheel):

@@ -30,6 +30,16 @@ _ARGUMENTS = {
     "lego_linear": struct.Struct("=9q"),
     "lego_depthwise": struct.Struct("=21q"),
     "lego_run": struct.Struct("=2q"),
+    "lego_int8_conv": struct.Struct("=15q"),
+    "lego_int8_add": struct.Struct("=19q"),
+    "lego_int8_scale": struct.Struct("=16q"),
+    "lego_int8_table": struct.Struct("=11q"),
+    "lego_int8_copy": struct.Struct("=11q"),
+    "lego_int8_max_pool": struct.Struct("=21q"),
+    "lego_int8_mean": struct.Struct("=12q"),
+    "lego_int8_quantize": struct.Struct("=11q"),
+    "lego_int8_dequantize": struct.Struct("=11q"),
+    "lego_int8_linear": struct.Struct("=11q"),
 }
 CallListener = Callable[[str, Sequence[Tensor | None], Sequence[int]], None]
 # `call` reports each call that succeeds to this listener, which `tape.recording` sets.
@@ -55,6 +65,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(files[0]))
         library.lego_isa.restype = ctypes.c_char_p
         library.lego_isa.argtypes = []
+        library.lego_int8_isa.restype = ctypes.c_char_p
+        library.lego_int8_isa.argtypes = [ctypes.c_int64]
+        library.lego_int8_runs.restype = ctypes.c_int64
+        library.lego_int8_runs.argtypes = [ctypes.c_int64]
         for name in _ARGUMENTS:
             function = getattr(library, name)
             function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_char_p]
@@ -82,7 +96,7 @@ def why_unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set of the kernels in use: 'avx512', 'avx2', 'neon' or 'portable'.
+    """The instruction set of the float kernels in use: 'avx512', 'avx2', 'neon' or 'portable'.
 
     Raises:
         KernelError: there are no compiled kernels.
@@ -91,6 +105,41 @@ def isa() -> str:
     if library is None:
         raise KernelError(text)
     return text
+
+
+@functools.cache
+def int8_isas() -> dict[str, int]:
+    """The instruction sets whose int8 kernels run here, the best one first, and their numbers.
+
+    Raises:
+        KernelError: there are no compiled kernels.
+    """
+    library, text = _load()
+    if library is None:
+        raise KernelError(text)
+    names: dict[str, int] = {}
+    number = 0
+    while (name := library.lego_int8_isa(number)) is not None:
+        if library.lego_int8_runs(number):
+            names[name.decode()] = number
+        number += 1
+    return names
+
+
+@functools.cache
+def int8_isa() -> str:
+    """The instruction set of the int8 kernels in use: one of `int8_isas()`.
+
+    Raises:
+        KernelError: there are no compiled kernels.
+    """
+    library, text = _load()
+    if library is None:
+        raise KernelError(text)
+    name = library.lego_int8_isa(-1)
+    if name is None:
+        raise KernelError("no int8 kernels run on this CPU")
+    return str(name.decode())
 
 
 def call(function: str, tensors: Sequence[Tensor | None], *numbers: int) -> None:

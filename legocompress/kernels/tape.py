@@ -24,6 +24,9 @@ from legocompress.kernels.library import LISTENER, call
 # The order is that of the functions' numbers in lego_run (src/driver.cpp).
 N_CONSTANTS = {
     "lego_conv2d": 2, "lego_max_pool2d": 0, "lego_means": 0, "lego_linear": 2, "lego_depthwise": 2,
+    "lego_int8_conv": 1, "lego_int8_add": 0, "lego_int8_scale": 0, "lego_int8_table": 1,
+    "lego_int8_copy": 0, "lego_int8_max_pool": 0, "lego_int8_mean": 0, "lego_int8_quantize": 0,
+    "lego_int8_dequantize": 0, "lego_int8_linear": 4,
 }  # fmt: skip
 CACHE_LINE = 64  # bytes
 

@@ -20,10 +20,15 @@ bool cpu_runs(const char* isa) {
   return std::strcmp(isa, "avx2") && std::strcmp(isa, "avx512");
 }
 
-// The best kernels of this build that run on this CPU, or those that LEGOCOMPRESS_ISA names.
+// The best kernels of this build that run on this CPU, or those that LEGOCOMPRESS_ISA names. The names of
+// instruction sets that only int8 kernels use choose the float kernels of the set that they extend.
 const Kernel* choose_kernel() {
   const Kernel* all[] = {avx512_kernel(), avx2_kernel(), neon_kernel(), portable_kernel()};
   const char* requested = std::getenv("LEGOCOMPRESS_ISA");
+  if (requested && (!std::strcmp(requested, "amx") || !std::strcmp(requested, "avx512_vnni"))) {
+    requested = "avx512";
+  }
+  if (requested && !std::strcmp(requested, "avx_vnni")) requested = "avx2";
   for (const Kernel* kernel : all) {
     if (!kernel || !cpu_runs(kernel->name)) continue;
     if (!requested || !*requested || !std::strcmp(requested, kernel->name)) return kernel;
@@ -74,6 +79,16 @@ EXPORT int64_t lego_run(const RunCall* c) {
       case 2: status = run_next_call(lego_means, at, end); break;
       case 3: status = run_next_call(lego_linear, at, end); break;
       case 4: status = run_next_call(lego_depthwise, at, end); break;
+      case 5: status = run_next_call(lego_int8_conv, at, end); break;
+      case 6: status = run_next_call(lego_int8_add, at, end); break;
+      case 7: status = run_next_call(lego_int8_scale, at, end); break;
+      case 8: status = run_next_call(lego_int8_table, at, end); break;
+      case 9: status = run_next_call(lego_int8_copy, at, end); break;
+      case 10: status = run_next_call(lego_int8_max_pool, at, end); break;
+      case 11: status = run_next_call(lego_int8_mean, at, end); break;
+      case 12: status = run_next_call(lego_int8_quantize, at, end); break;
+      case 13: status = run_next_call(lego_int8_dequantize, at, end); break;
+      case 14: status = run_next_call(lego_int8_linear, at, end); break;
       default: status = lego::kBadCall;
     }
   }
