@@ -18,6 +18,7 @@ from .evaluate import evaluate
 from .export import export
 from .finetune import finetune
 from .push import push
+from .quantize import quantize
 from .recipes import recipes
 from .report import report
 
@@ -33,7 +34,7 @@ def cli(debug: bool) -> None:
 
 
 COMMANDS = (
-    convert, inspect, calibrate, finetune, recipes, report, evaluate, benchmark, export, push, demo,
+    convert, inspect, calibrate, quantize, finetune, recipes, report, evaluate, benchmark, export, push, demo,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from legocompress import kernels
 from legocompress.deploy.autotune import autotune
 from legocompress.deploy.backends import BACKENDS
-from legocompress.deploy.forward import DeployedForward, install_, uninstall_
+from legocompress.deploy.forward import GraphForward, PrecisionForward, install_, uninstall_
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.machine import describe_machine
 from legocompress.deploy.memory_format import TORCH_FORMATS
@@ -27,6 +27,8 @@ from legocompress.deploy.route_plan import (
 from legocompress.errors import DeployError, UsageError
 from legocompress.lego.module import ModelT, lego_modules
 from legocompress.models.checks import refuse_wrapper
+from legocompress.models.outputs import flatten_float_tensors
+from legocompress.models.probe import default_input
 from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
 from legocompress.state.model_state import lego_state
 
@@ -49,6 +51,9 @@ def deploy_(
     exactly; activations and residual sums are fused into the layers before them. Then the routes of
     each layer are timed in both memory formats, and the fastest whole network is used; all-dense
     forms are among the candidates. Dense networks can be deployed, too.
+
+    A quantised network runs its integers by kernels, with the same bits as before. Nothing is
+    timed then.
 
     The parameters stay as they are, so the network can still be saved, exported and trained. Call
     it under `torch.no_grad()` or `torch.inference_mode()`. It computes as before it was deployed in
@@ -81,6 +86,8 @@ def deploy_(
     refuse_wrapper(model)
     _check_usage(only, formats)
     undeploy_(model)
+    if lego_state(model).quantization is not None:
+        return _deploy_quantized_(model, example_input)
     partition = partition_model(model.eval(), example_input)
     machine = describe_machine(partition.images)
     _warn_without_kernels(partition.images[0].device)
@@ -122,6 +129,35 @@ def deploy_(
         milliseconds={n: ms for _, plan in plans for n, ms in plan.milliseconds.items()},
         notes=tuple(partition.notes),
         hint_used=choices is None and reusable is not None,
+    )
+    return model
+
+
+def _deploy_quantized_(model: ModelT, example_input: Any) -> ModelT:
+    """Run the integers of a quantised network by kernels; nothing is timed."""
+    example = default_input(model) if example_input is None else example_input
+    images = tuple(flatten_float_tensors(example)) or (torch.zeros(1, 3, 1, 1),)
+    _warn_without_kernels(images[0].device)
+    model.eval()
+    counts = dict.fromkeys(("n_layers", "n_lego", "n_activations", "n_sums"), 0)
+    notes = list(getattr(lego_state(model).quantization, "notes", ()))
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, PrecisionForward):
+            continue
+        made = forward.deploy()
+        if made.forward is None:
+            notes.append(f"{name or '(root)'} runs by the emulation: {made.reason}")
+            continue
+        module.__dict__["forward"] = made.forward
+        for key in counts:
+            counts[key] += getattr(made, key)
+    lego_state(model).deployment = Deployment(
+        choices=Choices(machine=describe_machine(images), formats={}, routes={}),
+        n_norms=0,
+        notes=tuple(notes),
+        precision="int8",
+        **counts,
     )
     return model
 
@@ -180,7 +216,7 @@ def deployed_graph(model: nn.Module) -> nn.Module:
         DeployError: the network is not deployed, or only some parts of it could be traced.
     """
     forward = model.__dict__.get("forward")
-    if not isinstance(forward, DeployedForward) or forward.run is None:
+    if not isinstance(forward, GraphForward) or not forward.is_deployed or forward.run is None:
         deployment = lego_state(model).deployment
         notes = () if deployment is None else deployment.notes
         reason = next((note for note in notes if note.startswith("(root)")), "it is not deployed")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,6 +55,7 @@ class GraphForward(Replacement):
 
     needs_gradients = NEEDS_GRADIENTS
     has_changed = HAS_CHANGED
+    is_deployed = False  # whether `undeploy_` removes it
 
     def __init__(
         self,
@@ -136,6 +139,29 @@ class GraphForward(Replacement):
         return {**self.__dict__, "run": None, "graph": None, "guard": None}
 
 
+class PrecisionForward(GraphForward, ABC):
+    """The forward of a module in another precision, of which `deploy_` makes the fastest form."""
+
+    @abstractmethod
+    def deploy(self) -> IntegerDeployment:
+        """Build what runs in its place, or say why nothing does."""
+
+
+@dataclass(frozen=True)
+class IntegerDeployment:
+    """The deployed form of a quantised module.
+
+    `forward` is None where a reason says why there is none.
+    """
+
+    forward: GraphForward | None
+    reason: str | None
+    n_layers: int = 0
+    n_lego: int = 0
+    n_activations: int = 0
+    n_sums: int = 0
+
+
 class DeployedForward(GraphForward):
     """Runs a deployed graph in the place of a module's `forward`.
 
@@ -145,6 +171,8 @@ class DeployedForward(GraphForward):
         inputs: the example.
         warned: kinds of warnings that the parts of a network have given; each is given once.
     """
+
+    is_deployed = True
 
     def __init__(
         self,
@@ -195,7 +223,7 @@ def uninstall_(model: nn.Module) -> None:
     """Give every module of a network the forward back that it had before `install_`."""
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, DeployedForward):
+        if isinstance(forward, GraphForward) and forward.is_deployed:
             del module.__dict__["forward"]
             if forward.previous is not None:
                 module.__dict__["forward"] = forward.previous

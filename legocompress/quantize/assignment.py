@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from legocompress.deploy.patterns import may_write
 from legocompress.errors import DeployError
@@ -59,7 +59,7 @@ def assign_roles(graph: IntegerGraph, excluded: Collection[str] = ()) -> Assignm
             reads_integer = node.args and node.args[0] in integer
             if reads_integer and is_move(graph.graph_module, node):
                 integer.add(node)
-            elif may_write(graph.graph_module, node):
+            elif may_write(graph.graph_module, node) and not _is_weight_layer(graph, node):
                 _check_write(node)
         elif layer.name not in excluded:
             starts = isinstance(layer, STARTS)
@@ -76,6 +76,14 @@ def _is_uint8(graph: IntegerGraph, node: fx.Node, integer: set[fx.Node]) -> bool
     return node in integer and not isinstance(graph.layer(node), LinearLayer)
 
 
+def _is_weight_layer(graph: IntegerGraph, node: fx.Node) -> bool:
+    """Whether a node calls a conv or linear layer, none of which writes into its input."""
+    if node.op != "call_module":
+        return False
+    layer = graph.graph_module.get_submodule(str(node.target))
+    return isinstance(layer, (nn.Conv2d, nn.Linear))
+
+
 def _check_write(node: fx.Node) -> None:
     order = {other: place for place, other in enumerate(node.graph.nodes)}
     for x in node.all_input_nodes:
@@ -83,9 +91,7 @@ def _check_write(node: fx.Node) -> None:
             raise DeployError(f"{node.name} may change a map in place that is read afterwards")
 
 
-def _name_ranges(
-    graph: IntegerGraph, integer: set[fx.Node]
-) -> tuple[dict[fx.Node, str], set[str]]:
+def _name_ranges(graph: IntegerGraph, integer: set[fx.Node]) -> tuple[dict[fx.Node, str], set[str]]:
     parent: dict[fx.Node, fx.Node] = {}
 
     def find(node: fx.Node) -> fx.Node:

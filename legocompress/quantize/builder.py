@@ -83,7 +83,7 @@ def _fits(
     high = (y.zero + 0.5) * 2**out_shift + MARGIN * sums.high / step
     multipliers = _multipliers(source, x, y, shifts, out_shift)
     return (
-        -LARGEST <= low
+        low >= -LARGEST
         and high <= LARGEST
         and bool(multipliers.abs().max() <= LARGEST)
         and (residual is None or _map_multiplier(residual, y, out_shift) <= LARGEST)
@@ -170,7 +170,7 @@ def add_shift(a: MapRange, b: MapRange, y: MapRange) -> int | None:
         fits = all(_map_multiplier(x, y, out_shift) <= LARGEST for x in (a, b))
         lowest = (y.zero - a.zero * a.scale / y.scale) * 2**out_shift
         highest = (y.zero + 0.5 + (255 - a.zero) * a.scale / y.scale) * 2**out_shift
-        if fits and -LARGEST <= lowest and highest <= LARGEST:
+        if fits and lowest >= -LARGEST and highest <= LARGEST:
             return out_shift
     return None
 

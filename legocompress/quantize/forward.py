@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from legocompress.deploy.forward import GraphForward
+from legocompress import kernels
+from legocompress.deploy.forward import GraphForward, IntegerDeployment, PrecisionForward
 from legocompress.deploy.guard import StateGuard
-from legocompress.errors import CheckpointError, LegoError, first_line
+from legocompress.deploy.recorded import record_runs
+from legocompress.errors import CheckpointError, KernelError, LegoError, first_line
+from legocompress.models.outputs import flatten_tensors
 from legocompress.models.probe import evaluating
 from legocompress.quantize.assignment import assign_roles
+from legocompress.quantize.compiled import compile_graph, is_compiled, returns_floats
 from legocompress.quantize.integer_graph import IntegerGraph, trace_integer_graph
 from legocompress.quantize.layers import ConvLayer, LinearLayer
 from legocompress.quantize.lowering import lower_graph
+from legocompress.quantize.operators import IntegerConvLayer
 from legocompress.quantize.rounding import is_rounded
 from legocompress.state.quantization import QuantizedPart
 
@@ -29,7 +34,7 @@ HAS_CHANGED = (
 )
 
 
-class QuantizedForward(GraphForward):
+class QuantizedForward(PrecisionForward):
     """Runs the emulation of a quantised module in the place of its `forward`.
 
     The integers are made from the weights and the record at the first call; so a copy of the
@@ -80,14 +85,50 @@ class QuantizedForward(GraphForward):
         self.graph, self.run = lowered, lowered.forward
         self.guard = StateGuard(self.module, live, self.name)
 
+    def deploy(self) -> IntegerDeployment:
+        """The same integers by kernels, with the same bits.
+
+        Raises:
+            CheckpointError: the record does not fit the network.
+        """
+        reason = kernels.why_unavailable()
+        if reason is None and not self.is_ready():
+            reason = "the network has changed since quantize_"
+        if reason is not None:
+            return IntegerDeployment(None, reason)
+        try:
+            forward = CompiledForward(self)
+            inputs = self.example()
+            with torch.no_grad():
+                expected = self.graph(*inputs)
+                for _ in range(2):  # the second time, recorded calls are replayed
+                    if not _are_equal(expected, forward.run_compiled(*inputs)):
+                        return IntegerDeployment(None, "the kernels compute something else")
+        except KernelError as error:
+            return IntegerDeployment(None, first_line(error))
+        convs = [m.conv for m in self.graph.modules() if isinstance(m, IntegerConvLayer)]
+        return IntegerDeployment(
+            forward,
+            None,
+            n_layers=len(convs),
+            n_lego=sum(not conv.is_dense for conv in convs),
+            n_activations=sum((conv.low, conv.high) != (0, 255) for conv in convs)
+            + sum(conv.table is not None for conv in convs),
+            n_sums=sum(conv.residual_multiplier != 0 for conv in convs),
+        )
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Random inputs of the shapes of the record, always the same."""
+        generator = torch.Generator().manual_seed(0)
+        return tuple(torch.randn(shape, generator=generator) for shape in self.part.inputs)
+
     def trace(self) -> IntegerGraph:
         """The module's graph in fp32, traced anew.
 
         Raises:
             CheckpointError: the module cannot be traced with the inputs of the record.
         """
-        generator = torch.Generator().manual_seed(0)
-        inputs = tuple(torch.randn(shape, generator=generator) for shape in self.part.inputs)
+        inputs = self.example()
         # A module that is itself one conv is called when it is traced.
         ours = self.module.__dict__.pop("forward", None)
         try:
@@ -109,9 +150,50 @@ class QuantizedForward(GraphForward):
                 self.module.__dict__["forward"] = ours
 
 
-def lower_part(
-    graph: IntegerGraph, part: QuantizedPart
-) -> tuple[fx.GraphModule, set[nn.Module]]:
+class CompiledForward(GraphForward):
+    """Runs a quantised module by the int8 kernels, and by its emulation where these refuse.
+
+    Args:
+        quantized: the emulation, which stays behind it.
+
+    Raises:
+        KernelError: a kernel refuses the numbers of a layer.
+    """
+
+    needs_gradients = NEEDS_GRADIENTS
+    has_changed = HAS_CHANGED
+    is_deployed = True
+
+    def __init__(self, quantized: QuantizedForward) -> None:
+        super().__init__(quantized.module, quantized.input_kinds, quantized.warned)
+        self.previous = quantized
+        self.graph = compile_graph(quantized.graph)
+        self.run_compiled = record_runs(self.graph, is_compiled, returns_floats).forward
+        self.emulation = quantized.graph
+        self.run = self._run
+        self.guard = quantized.guard
+
+    def _run(self, *inputs: Tensor) -> Any:
+        try:
+            return self.run_compiled(*inputs)
+        except KernelError:  # sizes that the kernels do not take
+            return self.emulation(*inputs)
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """An input in the layout that the kernels read."""
+        return x.contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "run_compiled": None, "emulation": None}
+
+
+def _are_equal(expected: Any, actual: Any) -> bool:
+    """Whether two outputs hold the same bits."""
+    pairs = zip(flatten_tensors(expected), flatten_tensors(actual), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def lower_part(graph: IntegerGraph, part: QuantizedPart) -> tuple[fx.GraphModule, set[nn.Module]]:
     """The graph of integers of a part, and the modules that it calls as they are.
 
     Raises:
@@ -186,4 +268,3 @@ def uninstall_parts_(model: nn.Module) -> None:
             del module.__dict__["forward"]
             if forward.previous is not None:
                 module.__dict__["forward"] = forward.previous
-

@@ -94,9 +94,7 @@ class IntegerGraph:
         }
 
 
-def trace_integer_graph(
-    name: str, module: nn.Module, inputs: tuple[Tensor, ...]
-) -> IntegerGraph:
+def trace_integer_graph(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> IntegerGraph:
     """Trace a module in eval mode; it is not changed.
 
     Raises:
@@ -173,8 +171,10 @@ class _Rewriter:
         if type(layer) is nn.AvgPool2d:
             geometry = _average_geometry(node, layer)
             channels = _size(node.args[0])[1]
-            return None if geometry is None else ConvLayer(
-                self._unique(name), read_average(channels, geometry)
+            return (
+                None
+                if geometry is None
+                else ConvLayer(self._unique(name), read_average(channels, geometry))
             )
         return self._pointwise(node, name)
 
@@ -184,8 +184,13 @@ class _Rewriter:
             name = f"{self.prefix}:{name}"
         if node.op == "call_function" and target is torch.cat:
             axis: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-            return CatLayer(self._unique(name), axis) if isinstance(node.args[0], (list, tuple)) \
-                and type(axis) is int and all(map(_is_float, node.args[0])) else None
+            return (
+                CatLayer(self._unique(name), axis)
+                if isinstance(node.args[0], (list, tuple))
+                and type(axis) is int
+                and all(map(_is_float, node.args[0]))
+                else None
+            )
         if _is_mean(node):
             return MeanLayer(self._unique(name), len(_size(node)) == 4)
         if target in (*SUMS, "add", "add_", *PRODUCTS, "mul", "mul_"):

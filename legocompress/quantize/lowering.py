@@ -88,7 +88,8 @@ class _Lowering:
                 self.floats[node] = self.graph.node_copy(node, self._as_float)
         root = dict(self.source.graph_module.named_modules())
         attributes: dict[str, Any] = {
-            str(node.target): root.get(str(node.target)) for node in self.graph.nodes
+            str(node.target): root.get(str(node.target))
+            for node in self.graph.nodes
             if node.op == "call_module" and not str(node.target).startswith(f"{OPERATORS}.")
         }
         for node in self.graph.nodes:
@@ -110,17 +111,25 @@ class _Lowering:
         self.operators.append(operator)
         return self.graph.call_module(f"{OPERATORS}.{len(self.operators) - 1}", args)
 
+    @staticmethod
+    def _describe(call: fx.Node, node: fx.Node) -> None:
+        """Note the shape of a map at a conversion of it."""
+        call.meta["shape"] = node.meta.get("shape")
+        call.meta["n_axes"] = len(node.meta.get("shape") or ())
+
     def _as_float(self, node: fx.Node) -> fx.Node:
         if node not in self.floats:
             name = self.assignment.names[node]
             operator = DequantizeMap(name, self._range_of(node))
             self.floats[node] = self._call(operator, (self.integers[node],))
+            self._describe(self.floats[node], node)
         return self.floats[node]
 
     def _as_integer(self, node: fx.Node) -> fx.Node:
         if node not in self.integers:
             operator = QuantizeMap(self.assignment.names[node], self._range_of(node))
             self.integers[node] = self._call(operator, (self.floats[node],))
+            self._describe(self.integers[node], node)
         return self.integers[node]
 
     def _lower(self, node: fx.Node) -> None:
@@ -133,7 +142,11 @@ class _Lowering:
         args = tuple(map(self._as_integer, node.all_input_nodes))
         if len(node.all_input_nodes) != len(node.args):  # one map is read twice
             args = tuple(self._as_integer(x) for x in node.args)  # type: ignore[arg-type]
-        call = self._call(self._operator(node, layer), args)
+        operator = self._operator(node, layer)
+        if not isinstance(layer, LinearLayer):
+            operator.out_zero = self._range_of(node).zero
+        call = self._call(operator, args)
+        call.meta.update(node.meta)
         (self.floats if isinstance(layer, LinearLayer) else self.integers)[node] = call
 
     def _operator(self, node: fx.Node, layer: FloatLayer) -> IntegerOperator:

@@ -18,18 +18,21 @@ EXACT_IN_FLOAT32 = 2**24  # integers up to here
 
 
 class IntegerOperator(nn.Module):
-    """An operator of a quantised network; `name` is that of its output."""
+    """An operator of a quantised network; `name` is that of its output.
 
-    def __init__(self, name: str) -> None:
+    `out_zero` is the zero point of its output, if that is a uint8 map.
+    """
+
+    def __init__(self, name: str, out_zero: int = 0) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.out_zero = name, out_zero
 
 
 class QuantizeMap(IntegerOperator):
     """float32 to uint8."""
 
     def __init__(self, name: str, out: MapRange) -> None:
-        super().__init__(name)
+        super().__init__(name, out.zero)
         self.out = out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -182,9 +185,7 @@ class IntegerGate(IntegerOperator):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Multiply maps (N, c, H, W) by gates (N, c, 1, 1)."""
-        return integer.scale_maps(
-            x, gate, self.zeros, self.multiplier, self.bias, self.out_shift
-        )
+        return integer.scale_maps(x, gate, self.zeros, self.multiplier, self.bias, self.out_shift)
 
 
 class IntegerTable(IntegerOperator):

@@ -153,9 +153,7 @@ def _check(model: Any, images: Any, precision: str) -> None:
             "makes it of batches"
         )
     if len(images) < FEWEST:
-        raise DataError(
-            f"{len(images)} images are too few to quantise with; give {FEWEST} or more"
-        )
+        raise DataError(f"{len(images)} images are too few to quantise with; give {FEWEST} or more")
     if not bool(images.isfinite().all()):
         raise DataError("the images have values that are not finite")
     if bool((images == images.flatten()[0]).all()):

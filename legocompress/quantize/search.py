@@ -167,7 +167,6 @@ class Judge:
         agreement = 100 * same / total if classifies and total else None
         return Similarity((error / max(energy, 1e-30)) ** 0.5, agreement)
 
-
     def first(self, n_images: int) -> Judge:
         """A judge of the first images of the first batch."""
         return make_judge(self.model, [self.batches[0][:n_images]])

@@ -1,4 +1,4 @@
-"""What an integer conv is made of: weights on the int8 grid, and one factor for each of its terms."""
+"""What an integer conv is made of: weights on the int8 grid, and one factor for each term."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ class ConvSource:
         if self.is_dense:
             weight = self.filters.double() * self.factors.reshape(-1, 1, 1, 1)
         else:
-            weight = assemble(
-                self.shape, LegoUnit(self.filters.double(), self.index, self.factors)
-            )
+            weight = assemble(self.shape, LegoUnit(self.filters.double(), self.index, self.factors))
         return weight.float()
 
 
@@ -66,9 +64,7 @@ def read_conv(folded: FoldedConv) -> ConvSource:
     if isinstance(layer, LegoModule) and layer.coefficients is not None:
         gains = layer.coefficients.detach()
         factors = factors * round_to_storage(gains, layer.coefficients_dtype).double()
-    return ConvSource(
-        shape, not folded.is_lego, values, index, factors, bias, folded.geometry
-    )
+    return ConvSource(shape, not folded.is_lego, values, index, factors, bias, folded.geometry)
 
 
 def round_weight(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -92,4 +92,6 @@ class Quantization(_Record):
     @property
     def float_layers(self) -> dict[str, str]:
         """The layers that could compute in integers and stay in fp32, with the reason."""
-        return {name: why for part in self.parts.values() for name, why in part.float_layers.items()}
+        return {
+            name: why for part in self.parts.values() for name, why in part.float_layers.items()
+        }

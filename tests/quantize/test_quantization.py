@@ -160,7 +160,7 @@ def test_other_precisions_dtypes_and_second_times_are_refused(images: Tensor) ->
     model = small_network()
     with pytest.raises(UsageError, match="precision='int4': there is int8"):
         lego.quantize_(model, images, "int4")
-    with pytest.raises(UsageError, match="float32 on the CPU.*stem.weight.*float64"):
+    with pytest.raises(UsageError, match=r"float32 on the CPU.*stem\.weight.*float64"):
         lego.quantize_(small_network().double(), images)
     lego.quantize_(model, images)
     with pytest.raises(QuantizationError, match="quantised already"):
@@ -171,7 +171,7 @@ def test_a_map_that_is_not_finite_is_named(images: Tensor) -> None:
     model = small_network()
     with torch.no_grad():
         model.get_submodule("depthwise").weight.fill_(float("inf"))  # type: ignore[operator, union-attr]
-    with pytest.raises(DataError, match="the map 'depthwise.*not finite"):
+    with pytest.raises(DataError, match=r"the map 'depthwise.*not finite"):
         lego.quantize_(model, images)
 
 
@@ -219,11 +219,7 @@ def test_random_networks_of_any_structure(seed: int) -> None:
             expected = reference(images)
     except RuntimeError:
         pytest.skip("a map of this network is too small to be padded")
-    try:
-        lego.quantize_(model, images)
-    except QuantizationError as error:
-        assert "no part of this network" in str(error)
-        return
+    lego.quantize_(model, images)
     record = lego.lego_state(model).quantization
     assert record is not None
     with torch.no_grad():

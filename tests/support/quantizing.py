@@ -11,7 +11,7 @@ SIDE = 12
 
 
 class Small(nn.Module):
-    """Convs with norms, a residual sum, a gate, a joined map, pooling, tables and a linear layer."""
+    """Convs, norms, a residual sum, a gate, a joined map, pooling, tables and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
