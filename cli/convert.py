@@ -15,9 +15,10 @@ import legocompress as lego
 from legocompress.checkpoint import check_target
 from legocompress.errors import UsageError
 from legocompress.spec import LegoSpec
+from legocompress.state.quantization import PRECISIONS
 
 from . import render
-from .calibration import open_labelled, remove_journal, run_calibration
+from .calibration import SYNTHETIC, open_labelled, remove_journal, run_calibration
 from .options import (
     CalibrationRequest,
     calibration_options,
@@ -33,6 +34,13 @@ from .options import (
     spec_options,
 )
 from .progress import progress_bar
+from .quantize import (
+    check_precision,
+    open_photos,
+    print_quantization,
+    quantization_values,
+    run_quantization,
+)
 
 
 @click.command()
@@ -56,6 +64,10 @@ from .progress import progress_bar
     help="Calibrate with unlabelled images: a folder, .npz file, timm data set, or 'synthetic'.",
 )
 @calibration_options
+@click.option(
+    "--precision",
+    help=f"Quantise, too, by the images of --calibrate: {', '.join(PRECISIONS)}.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @device_option
 @force_option
@@ -65,6 +77,7 @@ def convert(
     out: Path | None,
     seed: int,
     calibration_data: str | None,
+    precision: str | None,
     dry_run: bool,
     device: str,
     force: bool,
@@ -77,6 +90,7 @@ def convert(
     """
     spec, budget = read_spec(values), read_budget(values)
     calibration_values = read_calibration(values)
+    _check_precision(precision, calibration_data)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if not dry_run:
         check_target(target, force)
@@ -94,9 +108,21 @@ def convert(
         labelled = open_labelled(original, request)
         _convert(network, plan, seed, as_json)
         record = run_calibration(network, original, request, labelled, target, as_json)
+        if precision is not None:
+            photos = open_photos(network, request, precision)
+            run_quantization(network, photos, precision, request.batch_size, as_json)
     lego.save(network, target, force)
     remove_journal(target)
-    _print_result(model, target, plan, lego.measure(network, path=target), record, as_json)
+    _print_result(model, target, plan, lego.measure(network, path=target), network, record, as_json)
+
+
+def _check_precision(precision: str | None, calibration_data: str | None) -> None:
+    """Raise UsageError for a precision that does not exist, or without photos."""
+    if precision is None:
+        return
+    check_precision(precision)
+    if calibration_data in (None, SYNTHETIC):
+        raise UsageError("--precision needs photos to measure ranges on; give --calibrate PHOTOS")
 
 
 @click.command()
@@ -162,12 +188,17 @@ def _print_result(
     target: Path,
     plan: lego.Plan,
     report: lego.Report,
+    network: nn.Module,
     record: lego.Calibration | None,
     as_json: bool,
 ) -> None:
+    quantization = lego.lego_state(network).quantization
     if as_json:
         values = {"out": str(target), **report.totals(), "skipped": plan.skipped}
         values["calibration"] = None if record is None else record.model_dump()
+        values["quantization"] = None
+        if quantization is not None:
+            values["quantization"] = quantization_values(quantization)
         render.print_json(values)
         return
     click.echo(f"{model} -> {target}: {len(plan.layers)} of {len(plan.rows)} layers converted")
@@ -175,4 +206,6 @@ def _print_result(
     render.print_totals(report)
     if record is not None:
         render.print_calibration(record)
+    if quantization is not None:
+        print_quantization(quantization)
     click.echo(f"\nNext: legocompress report {target}")

@@ -34,7 +34,8 @@ def cli(debug: bool) -> None:
 
 
 COMMANDS = (
-    convert, inspect, calibrate, quantize, finetune, recipes, report, evaluate, benchmark, export, push, demo,
+    convert, inspect, calibrate, quantize, finetune, recipes, report, evaluate, benchmark, export,
+    push, demo,
 )  # fmt: skip
 for command in COMMANDS:
     cli.add_command(command)

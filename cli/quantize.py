@@ -14,9 +14,10 @@ from legocompress.errors import UsageError
 from legocompress.state.quantization import PRECISIONS
 
 from . import render
-from .options import force_option, json_option, workers_option
+from .options import CalibrationRequest, force_option, json_option, workers_option
 from .progress import progress_bar
 
+N_IMAGES = 128  # that ranges are measured on
 precision_option = click.option(
     "--precision",
     default="int8",
@@ -32,7 +33,10 @@ precision_option = click.option(
 )
 @precision_option
 @click.option(
-    "--images", type=click.IntRange(10), default=128, help="Number of images to measure ranges on."
+    "--images",
+    type=click.IntRange(10),
+    default=N_IMAGES,
+    help="Number of images to measure ranges on.",
 )
 @click.option("--data-dir", help="Root folder of a named data set.")
 @click.option("--split", default="train", help="Split of a named data set.")
@@ -73,6 +77,16 @@ def quantize(
     render.print_totals(report)
     print_quantization(record)
     click.echo(f"\nNext: legocompress report {target}")
+
+
+def open_photos(network: nn.Module, request: CalibrationRequest, precision: str) -> Tensor:
+    """The photos of a calibration, whole, at most as many as ranges need."""
+    check_precision(precision)
+    opened = lego.open_images(
+        request.data, network, request.data_dir, split=request.split, labels=False
+    )
+    batches = opened.batches(request.batch_size, request.workers)
+    return lego.gather(batches, min(N_IMAGES, request.images))
 
 
 def check_precision(precision: str) -> None:

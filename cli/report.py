@@ -11,6 +11,7 @@ from legocompress.checkpoint.hub import local_folder
 
 from . import render
 from .options import device_option, json_option, read_device
+from .quantize import print_quantization, quantization_values
 
 
 @click.command()
@@ -30,10 +31,15 @@ def report(checkpoint: Path, repeats: int, device: str, as_json: bool) -> None:
     baseline = lego.to_dense(model) if repeats else None
     result = lego.measure(model, baseline, path=checkpoint, repeats=repeats)
     record = lego.lego_state(model).calibration
+    quantization = lego.lego_state(model).quantization
     if as_json:
         calibration = None if record is None else record.model_dump()
-        render.print_json({**result.to_dict(), "calibration": calibration})
+        quantized = None if quantization is None else quantization_values(quantization)
+        values = {**result.to_dict(), "calibration": calibration, "quantization": quantized}
+        render.print_json(values)
         return
     render.print_report(result)
     if record is not None:
         render.print_calibration(record)
+    if quantization is not None:
+        print_quantization(quantization)

@@ -30,7 +30,7 @@ from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, wr
 from legocompress.calibrate.preconditions import check_images, check_networks, check_outputs
 from legocompress.errors import DataError
 from legocompress.lego.module import lego_modules
-from legocompress.models.checks import check_network
+from legocompress.models.checks import check_network, refuse_quantized
 from legocompress.models.in_place import explain_in_place
 from legocompress.models.probe import evaluating
 from legocompress.state.calibration import Calibration, LayerRepair
@@ -113,6 +113,7 @@ def calibrate_(
 
     Raises:
         ConversionError: the original lacks a layer of the model.
+        QuantizationError: the model is quantised.
         UsageError: a network takes more than one input, is wrapped, compiled or scripted, or holds
             a lazy layer.
         TrainingError: the network changes a value in place that the gradient of step 3 needs.
@@ -120,6 +121,7 @@ def calibrate_(
             tensors that can be compared, as those of detectors. Nothing has been changed then.
     """
     check_network(model)
+    refuse_quantized(model, "calibrate_")
     check_network(original)
     check_networks(model, original)
     check_images(images, FEWEST)

@@ -9,8 +9,8 @@ from legocompress.errors import CheckpointError
 from legocompress.lego.module import lego_modules
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import TORCH_DTYPES, quantize_filters, round_to_storage
+from legocompress.quantize import active_quantization
 from legocompress.spec import FilterDtype
-from legocompress.state.model_state import lego_state
 
 
 def pack_index(index: Tensor, bits: int) -> Tensor:
@@ -44,7 +44,7 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: the state holds something that is not a tensor, or a quantised layer has
             changed.
     """
-    record = lego_state(model).quantization
+    record = active_quantization(model)
     int8_layers = () if record is None else record.dense_layers
     stored: dict[str, Tensor] = {}
     legos = dict(lego_modules(model))

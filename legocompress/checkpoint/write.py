@@ -26,6 +26,7 @@ from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.checks import check_network
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
+from legocompress.quantize import active_quantization
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
@@ -53,7 +54,7 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     """
     check_network(model)
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
-    quantization = lego_state(model).quantization
+    quantization = active_quantization(model)
     if not layers and quantization is None:
         raise CheckpointError(
             "the model holds no Lego module and is not quantised; convert it before saving"

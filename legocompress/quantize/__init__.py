@@ -4,7 +4,12 @@
 each operator compute on uint8 maps by the arithmetic of `lego.integer`.
 """
 
-from legocompress.quantize.quantization import quantize_, requantize_, unquantize_
+from legocompress.quantize.quantization import (
+    active_quantization,
+    quantize_,
+    requantize_,
+    unquantize_,
+)
 from legocompress.state.quantization import Quantization
 
-__all__ = ["Quantization", "quantize_", "requantize_", "unquantize_"]
+__all__ = ["Quantization", "active_quantization", "quantize_", "requantize_", "unquantize_"]

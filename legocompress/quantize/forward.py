@@ -260,6 +260,13 @@ def install_parts_(model: nn.Module, parts: Mapping[str, QuantizedPart]) -> None
         module.__dict__["forward"] = forward
 
 
+def quantized_parts(model: nn.Module) -> set[str]:
+    """The names of the modules that compute in integers, by the emulation or by kernels."""
+    kinds = (QuantizedForward, CompiledForward)
+    named = model.named_modules()
+    return {name for name, part in named if isinstance(part.__dict__.get("forward"), kinds)}
+
+
 def uninstall_parts_(model: nn.Module) -> None:
     """Let every module compute by its own code again."""
     for module in model.modules():

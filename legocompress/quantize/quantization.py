@@ -17,7 +17,13 @@ from legocompress.lego.module import LegoModule, ModelT
 from legocompress.models.checks import check_network
 from legocompress.models.probe import evaluating
 from legocompress.quantize.assignment import assign_roles
-from legocompress.quantize.forward import install_parts_, set_exact_, uninstall_parts_, weight_owner
+from legocompress.quantize.forward import (
+    install_parts_,
+    quantized_parts,
+    set_exact_,
+    uninstall_parts_,
+    weight_owner,
+)
 from legocompress.quantize.integer_graph import IntegerGraph
 from legocompress.quantize.observation import observe
 from legocompress.quantize.rounding import round_layers_
@@ -115,6 +121,14 @@ def requantize_(model: ModelT) -> ModelT:
         uninstall_parts_(model)
         install_parts_(model, record.parts)
     return model
+
+
+def active_quantization(model: nn.Module) -> Quantization | None:
+    """The record of a network that computes by it; None after `to_dense_`, for example."""
+    record = lego_state(model).quantization
+    if record is None or not all(part in quantized_parts(model) for part in record.parts):
+        return None
+    return record
 
 
 def unquantize_(model: ModelT) -> ModelT:
