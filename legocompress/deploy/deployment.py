@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from legocompress import kernels
 from legocompress.deploy.autotune import autotune
 from legocompress.deploy.backends import BACKENDS
-from legocompress.deploy.forward import GraphForward, PrecisionForward, install_, uninstall_
+from legocompress.deploy.forward import (
+    GraphForward,
+    IntegerDeployment,
+    PrecisionForward,
+    install_,
+    uninstall_,
+)
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.machine import describe_machine
 from legocompress.deploy.memory_format import TORCH_FORMATS
@@ -139,7 +145,7 @@ def _deploy_quantized_(model: ModelT, example_input: Any) -> ModelT:
     images = tuple(flatten_float_tensors(example)) or (torch.zeros(1, 3, 1, 1),)
     _warn_without_kernels(images[0].device)
     model.eval()
-    counts = dict.fromkeys(("n_layers", "n_lego", "n_activations", "n_sums"), 0)
+    installed: list[IntegerDeployment] = []
     notes = list(getattr(lego_state(model).quantization, "notes", ()))
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
@@ -150,14 +156,16 @@ def _deploy_quantized_(model: ModelT, example_input: Any) -> ModelT:
             notes.append(f"{name or '(root)'} runs by the emulation: {made.reason}")
             continue
         module.__dict__["forward"] = made.forward
-        for key in counts:
-            counts[key] += getattr(made, key)
+        installed.append(made)
     lego_state(model).deployment = Deployment(
         choices=Choices(machine=describe_machine(images), formats={}, routes={}),
+        n_layers=sum(made.n_layers for made in installed),
+        n_lego=sum(made.n_lego for made in installed),
         n_norms=0,
+        n_activations=sum(made.n_activations for made in installed),
+        n_sums=sum(made.n_sums for made in installed),
         notes=tuple(notes),
         precision="int8",
-        **counts,
     )
     return model
 
@@ -221,7 +229,8 @@ def deployed_graph(model: nn.Module) -> nn.Module:
         notes = () if deployment is None else deployment.notes
         reason = next((note for note in notes if note.startswith("(root)")), "it is not deployed")
         raise DeployError(f"no single graph stands for this network: {reason}")
-    return forward.graph
+    graph: nn.Module = forward.graph
+    return graph
 
 
 def _warn_without_kernels(device: torch.device) -> None:
@@ -268,7 +277,7 @@ def _combine_choices(plans: list[tuple[FusedGraph, RoutePlan]], machine: Machine
     )
 
 
-def _count(installed: list[FusedGraph]) -> dict[str, int]:
+def _count(installed: list[FusedGraph]) -> dict[str, Any]:
     """The counts of a Deployment: layers, and what was folded and fused into them."""
     convs = [conv for graph in installed for conv in graph.convs]
     return {

@@ -91,7 +91,8 @@ class CompiledPool(CompiledOperator):
 
     def forward(self, x: IntegerMap) -> IntegerMap:
         """Pool."""
-        return kernels.max_pool_int8(x, *self.operator.arguments[:4], out_border=self.border)
+        kernel, stride, padding, dilation = self.operator.arguments[:4]
+        return kernels.max_pool_int8(x, kernel, stride, padding, dilation, self.border)
 
 
 class CompiledMean(CompiledOperator):

@@ -274,7 +274,7 @@ def _is_mean(node: fx.Node) -> bool:
     axes: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if not isinstance(axes, (list, tuple)) or set(node.kwargs) - {"dim", "keepdim"}:
         return False
-    return sorted(axis % 4 for axis in axes if type(axis) is int) == [2, 3]
+    return bool(sorted(axis % 4 for axis in axes if type(axis) is int) == [2, 3])
 
 
 def _average_geometry(node: fx.Node, layer: nn.AvgPool2d) -> Geometry | None:

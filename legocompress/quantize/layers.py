@@ -147,7 +147,8 @@ class PoolLayer(FloatLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool maps (N, c, H, W)."""
-        return F.max_pool2d(x, *self.arguments)
+        y: Tensor = F.max_pool2d(x, *self.arguments)
+        return y
 
 
 class MeanLayer(FloatLayer):

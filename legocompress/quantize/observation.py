@@ -122,10 +122,10 @@ def replaced_forwards(forwards: Sequence[tuple[nn.Module, Replacement]]) -> Iter
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module, forward in before:
+        for module, own in before:
             module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def observe(

@@ -129,7 +129,8 @@ class IntegerPool(IntegerOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool maps (N, c, H, W)."""
-        return F.max_pool2d(x.float(), *self.arguments).to(torch.uint8)
+        y: Tensor = F.max_pool2d(x.float(), *self.arguments)
+        return y.to(torch.uint8)
 
 
 class IntegerMean(IntegerOperator):

@@ -40,8 +40,8 @@ class Values:
     def count(self, x: Tensor) -> None:
         """Count values, all of which `extend` has seen."""
         if self.high > self.low:
-            counts = torch.histc(x.detach().float(), BINS, self.low, self.high)
-            counts = counts.double().numpy()
+            counted = torch.histc(x.detach().float(), BINS, self.low, self.high)
+            counts: Any = counted.double().numpy()
             place = min(BINS - 1, int(-self.low / (self.high - self.low) * BINS))
             counts[place] = max(0.0, counts[place] - float((x == 0).sum()))
             self.counts += counts

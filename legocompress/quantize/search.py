@@ -68,10 +68,10 @@ def plan_part(part: ObservedPart, method: str, excluded: Excluded) -> QuantizedP
                     shifts[layer.name] = chosen
             elif isinstance(layer, AddLayer):
                 y = ranges[assignment.names[node]]
-                unfit += [] if builder.add_shift(*maps, y) is not None else [layer.name]
+                unfit += [] if builder.add_shift(maps[0], maps[1], y) is not None else [layer.name]
             elif isinstance(layer, GateLayer):
                 y = ranges[assignment.names[node]]
-                unfit += [] if builder.gate_shift(*maps, y) is not None else [layer.name]
+                unfit += [] if builder.gate_shift(maps[0], maps[1], y) is not None else [layer.name]
         if not unfit:
             ours = {layer.name for _, layer in part.graph.layers()}
             return QuantizedPart(

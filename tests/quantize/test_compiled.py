@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,8 @@ def test_the_deployed_network_gives_the_same_bits(convert: bool, images: Tensor)
     assert record.n_layers == 8
     assert record.n_lego == len(list(lego.lego_modules(model))) == (4 if convert else 0)
     assert record.n_sums == 1
-    runs = [m for m in forward.run_compiled.__self__.modules() if isinstance(m, RecordedRun)]
+    recorded: Any = forward.run_compiled
+    runs = [m for m in recorded.__self__.modules() if isinstance(m, RecordedRun)]
     assert len(runs) == 1  # the whole network is one call
     with torch.no_grad():  # replayed, and at other sizes
         assert torch.equal(model(images), emulated)
