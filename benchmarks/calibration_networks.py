@@ -59,7 +59,7 @@ def compare_calibrated(
     Returns:
         The numbers of a row; agreement in the first class is None where outputs are not classes.
     """
-    seen, unseen = views
+    calibration_views, unseen = views
     student = copy.deepcopy(network)
     lego.convert_(student, lego.plan(student, spec), seed)
     classes = has_imagenet_classes(network)
@@ -74,9 +74,9 @@ def compare_calibrated(
             }
 
     before = judge("before")
-    record = lego.calibrate_(student, network, seen, seed=seed, epochs=epochs)
+    record = lego.calibrate_(student, network, calibration_views, seed=seed, epochs=epochs)
     layers = [row.model_dump() for row in record.layers]
-    sizes = {"n_seen": len(seen), "n_unseen": len(unseen)}
+    sizes = {"n_seen": len(calibration_views), "n_unseen": len(unseen)}
     return {**sizes, **before, **judge("after"), "norms": record.norms, "layers": layers}
 
 

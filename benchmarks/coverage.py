@@ -93,12 +93,12 @@ def find_input(model: nn.Module, device: str, seed: int = 1) -> tuple[Any, ...]:
         for args in ((x,), (list(x),), (x, x.flip(-1))):
             try:
                 with evaluating(model):
-                    found = collect_tensors(model(*args))
+                    outputs = collect_tensors(model(*args))
             # A network may refuse an input in any way; the next one is tried.
             except Exception as error:
                 faults.append(f"{type(error).__name__}: {error}".splitlines()[0])
                 continue
-            if found:
+            if outputs:
                 return args
     raise RuntimeError(f"no input accepted: {faults[-1] if faults else 'no output'}")
 

@@ -31,6 +31,7 @@ from .options import (
     read_create_args,
     read_device,
     read_spec,
+    refuse_calibration_options,
     spec_options,
 )
 from .progress import progress_bar
@@ -90,6 +91,8 @@ def convert(
     """
     spec, budget = read_spec(values), read_budget(values)
     calibration_values = read_calibration(values)
+    if calibration_data is None:
+        refuse_calibration_options(calibration_values)
     _check_precision(precision, calibration_data)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if not dry_run:

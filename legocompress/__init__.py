@@ -9,9 +9,10 @@ from legocompress.compress.budget import allocate
 from legocompress.compress.convert import convert_
 from legocompress.compress.plan_types import Plan
 from legocompress.compress.planning import plan
-from legocompress.data.evaluation import Evaluation, evaluate
+from legocompress.data.evaluation import Evaluation
 from legocompress.data.images import open_images
 from legocompress.deploy import Deployment, deploy_, undeploy_
+from legocompress.deploy.folded_evaluation import evaluate
 from legocompress.errors import LegoError
 from legocompress.export import (
     Exported,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,12 +79,44 @@ def _replace(path: Path, target: Path, old: Path) -> None:
     """Move `path` to `target`; if that is interrupted, what was there before stays."""
     try:
         if path.is_dir() and target.exists():
+            if _exchange(path, target):
+                return
             # A folder cannot be renamed onto another path that exists, so move that away first.
             os.rename(target, old)
         os.replace(path, target)
     finally:
         if old.exists() and not target.exists():  # interrupted between the two renames
             os.rename(old, target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step where the system can (Linux); say whether it did."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library without it
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    failed: int = rename(
+        here, os.fsencode(one.absolute()), here, os.fsencode(other.absolute()), exchange
+    )
+    return failed == 0
+
+
+def explain_missing(target: Path) -> str:
+    """Say how to restore a folder that a killed process had moved away; '' if there is none."""
+    if target.exists() or not target.parent.is_dir():
+        return ""
+    for scratch in sorted(target.parent.iterdir()):
+        if scratch.name.startswith(f".{target.name}.") and scratch.is_dir():
+            for old in sorted(scratch.glob("replaced*")):
+                return (
+                    "; a process was killed while it replaced the folder, which is left in another "
+                    f"place: restore it with `mv {shlex.quote(str(old))} "
+                    f"{shlex.quote(str(target))}`"
+                )
+    return ""
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

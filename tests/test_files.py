@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,16 @@ from typing import Any
 
 import pytest
 
-from legocompress.errors import OutputError, OutputExistsError
-from legocompress.files import _replace, check_free, write_atomically
+from legocompress import files
+from legocompress.checkpoint.config import read_config
+from legocompress.errors import CheckpointError, OutputError, OutputExistsError
+from legocompress.files import (
+    _exchange,
+    _replace,
+    check_free,
+    explain_missing,
+    write_atomically,
+)
 
 
 def fill(path: Path, text: str, folder: bool) -> None:
@@ -72,7 +82,10 @@ def test_a_failure_keeps_the_old_output(
     assert_holds_only(tmp_path, "out")
 
 
-def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Path) -> None:
+def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     target = tmp_path / "out"
     with write_atomically(target, folder=True) as path:
         fill(path, "old", True)
@@ -97,6 +110,47 @@ def test_an_interrupt_between_the_two_renames_keeps_the_old_folder(tmp_path: Pat
         sys.settrace(before)
     assert read(target, True) in ("old", "new")
     assert_holds_only(tmp_path, "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems need two renames")
+def test_a_folder_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    with write_atomically(target, folder=True) as path:
+        fill(path, "old", True)
+    try:
+        exchanged = _exchange(tmp_path / "out", tmp_path)
+    finally:
+        assert read(target, True) == "old"
+    assert not exchanged  # a folder and its parent cannot change places
+    monkeypatch.setattr(os, "rename", lambda *paths: pytest.fail("the old folder was moved away"))
+    with write_atomically(target, force=True, folder=True) as path:
+        fill(path, "new", True)
+    assert read(target, True) == "new"
+    assert_holds_only(tmp_path, "out")
+
+
+def test_a_kill_between_the_two_renames_is_explained(tmp_path: Path) -> None:
+    target = tmp_path / "my out"
+    with write_atomically(target, folder=True) as path:
+        fill(path, "old", True)
+    assert explain_missing(target) == ""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from legocompress import files\n"
+        "files._exchange = lambda one, other: False\n"
+        "os.replace = lambda one, other: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with files.write_atomically(Path(sys.argv[1]), force=True, folder=True) as path:\n"
+        "    (path / 'inside').write_text('new')\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, target], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not target.exists()
+    with pytest.raises(CheckpointError, match="restore it with `mv") as caught:
+        read_config(target)
+    subprocess.run(str(caught.value).split("`")[1], shell=True, check=True)
+    assert read(target, True) == "old"
+    assert explain_missing(target) == ""
 
 
 def test_to_replace_an_output_needs_force(tmp_path: Path, folder: bool) -> None:

@@ -32,12 +32,15 @@ def draw_views(
         raise SystemExit(f"there is no .jpg in {folder}")
     transform = random_crop(create_transform(**resolve_data_config({}, model=network)))
     unseen = [] if use_all else paths[UNSEEN - 1 :: UNSEEN]
-    seen = [path for path in paths if path not in unseen]
+    calibration_paths = [path for path in paths if path not in unseen]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         both = [
             [_open_view(chosen[n % len(chosen)], transform) for n in range(count)]
-            for chosen, count in ((seen, n_views), (unseen, n_views // 2 if unseen else 0))
+            for chosen, count in (
+                (calibration_paths, n_views),
+                (unseen, n_views // 2 if unseen else 0),
+            )
         ]
     return torch.stack(both[0]), torch.stack(both[1]) if both[1] else torch.empty(0)
 

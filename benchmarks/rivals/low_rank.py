@@ -91,21 +91,21 @@ def split_scale(outer: Tensor, inner: Tensor, shape: torch.Size) -> list[Tensor]
     ]
 
 
-def fit_svd(conv: nn.Conv2d, form: nn.Sequential, seen: Moments) -> list[list[Tensor]]:
+def fit_svd(conv: nn.Conv2d, form: nn.Sequential, moments: Moments) -> list[list[Tensor]]:
     """Two candidates: truncated SVD of the weight, reduced-rank regression on the images."""
     weight, rank = conv.weight.detach(), list_parts(form)[0].out_channels
     u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
     plain = split_scale(u[:, :rank] * s[:rank], vh[:rank], weight.shape)
-    solved = seen.solve()
-    outputs = (seen.times(solved) @ solved.mT)[0].double()
+    solved = moments.solve()
+    outputs = (moments.times(solved) @ solved.mT)[0].double()
     leading = torch.linalg.eigh(outputs).eigenvectors[:, -rank:].float()
     return [plain, split_scale(leading, leading.T @ solved[0], weight.shape)]
 
 
-def fit_tucker(conv: nn.Conv2d, form: nn.Sequential, seen: Moments) -> list[list[Tensor]]:
+def fit_tucker(conv: nn.Conv2d, form: nn.Sequential, moments: Moments) -> list[list[Tensor]]:
     """Candidates: Tucker-2 of the weight and of the least-squares weight, with fitted cores."""
     if len(form) == 2:
-        return fit_svd(conv, form, seen)
+        return fit_svd(conv, form, moments)
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -114,21 +114,21 @@ def fit_tucker(conv: nn.Conv2d, form: nn.Sequential, seen: Moments) -> list[list
     rank = [core_conv.out_channels, core_conv.in_channels]
     candidates = []
     with tensorly.backend_context("pytorch"):
-        for tensor in (weight, seen.solve().reshape(weight.shape)):
+        for tensor in (weight, moments.solve().reshape(weight.shape)):
             (core, (outer, inner)), _ = partial_tucker(tensor, rank, modes=[0, 1])
-            cores = [fit_core(outer, inner, conv, seen)]
+            cores = [fit_core(outer, inner, conv, moments)]
             if tensor is weight:
                 cores.append(core)
             candidates += [[inner.T[:, :, None, None], c, outer[:, :, None, None]] for c in cores]
     return candidates
 
 
-def fit_core(outer: Tensor, inner: Tensor, conv: nn.Conv2d, seen: Moments) -> Tensor:
+def fit_core(outer: Tensor, inner: Tensor, conv: nn.Conv2d, moments: Moments) -> Tensor:
     """The core of least error between two orthonormal factors (n, r_out) and (c, r_in)."""
     pixels = math.prod(conv.kernel_size)
     project = torch.kron(inner.contiguous(), torch.eye(pixels)).double()
-    square = project.T @ seen.square[0, 0].double() @ project
-    cross = (outer.T @ seen.cross[0]).double() @ project
+    square = project.T @ moments.square[0, 0].double() @ project
+    cross = (outer.T @ moments.cross[0]).double() @ project
     core = torch.cholesky_solve(cross.T, torch.linalg.cholesky(square)).T
     return core.float().reshape(outer.shape[1], inner.shape[1], *conv.kernel_size)
 
@@ -214,12 +214,12 @@ def factorise(
             continue  # no saving: the layer stays as it is
         network.set_submodule(name, chain)
 
-    def fit(student: nn.Module, name: str, seen: Moments, held_out: Moments) -> None:
+    def fit(student: nn.Module, name: str, moments: Moments, held_out: Moments) -> None:
         chain = network.get_submodule(name)
         if not isinstance(chain, nn.Sequential):
             return
         best = min(
-            fits(convs[name], chain, seen),
+            fits(convs[name], chain, moments),
             key=lambda kernels: held_out.error(merge_kernels(kernels).flatten(1)[None]),
         )
         chain = copy.deepcopy(chain)

@@ -52,10 +52,10 @@ def prune(together: bool, original: nn.Module, names: Sequence[str], ratio: floa
     return Shrunk(network, copy.deepcopy(network), _fit, channels)
 
 
-def _fit(student: nn.Module, name: str, seen: Moments, held_out: Moments) -> None:
-    """Least squares on what was seen, where held-out images say that it is better."""
+def _fit(student: nn.Module, name: str, moments: Moments, held_out: Moments) -> None:
+    """Fit the layer by least squares, where the held-out moments say that it is better."""
     weight = get_convs(student, [name])[name].weight.data
-    solved = seen.solve()
+    solved = moments.solve()
     if held_out.error(solved) < held_out.error(weight.flatten(1)[None]):
         weight.copy_(solved.reshape(weight.shape))
 

@@ -32,6 +32,7 @@ from legocompress.calibrate.calibration import _keep_if_better
 from legocompress.calibrate.front import Front, steps
 from legocompress.calibrate.joint import (
     RATES,
+    JointTuning,
     copy_state,
     output_error,
     reestimate_norms_,
@@ -154,13 +155,8 @@ def prepare_tuning(
     convs = [m for m in network.modules() if type(m) is nn.Conv2d]
     with evaluating(network):
         bases = input_bases(network, convs, used)
-
-    def tune(rate: float) -> None:
-        tune_(
-            network, original, used, values, alike, repair.epochs, BATCH, repair.seed, rate, bases
-        )
-
-    return tune
+    tuning = JointTuning(network, original, used, values, alike, bases, BATCH, repair.seed)
+    return partial(tune_, tuning, repair.epochs)
 
 
 def list_targets(original: nn.Module, names: Sequence[str], images: Tensor) -> list[str]:
@@ -188,10 +184,10 @@ def shrink_and_fit(
         front = Front((original, student), torch.split(images, BATCH))
         for number, name in enumerate(sorted(names, key=lambda n: front.steps[n].enter)):
             front.advance(name)
-            seen, held_out = sum_moments(
+            moments, held_out = sum_moments(
                 front, name, shrunk.channels.get(name), seed + SEED_STRIDE * number
             )
-            shrunk.fit(student, name, seen, held_out)
+            shrunk.fit(student, name, moments, held_out)
     return student, ratio
 
 

@@ -1,6 +1,11 @@
 """Options that several commands share; each file declares a group and reads its values."""
 
-from .calibration import CalibrationRequest, calibration_options, read_calibration
+from .calibration import (
+    CalibrationRequest,
+    calibration_options,
+    read_calibration,
+    refuse_calibration_options,
+)
 from .common import (
     device_option,
     force_option,
@@ -28,6 +33,7 @@ __all__ = [
     "read_create_args",
     "read_device",
     "read_spec",
+    "refuse_calibration_options",
     "spec_options",
     "workers_option",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from legocompress.calibrate.calibration import EPOCHS
 from legocompress.errors import UsageError
@@ -101,3 +102,19 @@ def read_calibration(values: dict[str, Any]) -> dict[str, Any]:
             "--class-map gives the order of the classes of --labelled; give --labelled DATA, too"
         )
     return options
+
+
+def refuse_calibration_options(options: dict[str, Any]) -> None:
+    """Raise UsageError if an option of a calibration is given and no calibration is asked for.
+
+    Args:
+        options: what `read_calibration` returned.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in options and source is ParameterSource.COMMANDLINE:
+            raise UsageError(
+                f"{max(parameter.opts, key=len)} is an option of the calibration; add --calibrate "
+                "DATA, or leave it out"
+            )

@@ -39,7 +39,7 @@ workers_option = click.option(
     "--workers",
     type=click.IntRange(0),
     default=0,
-    help="Number of processes that read images.",
+    help="Number of processes that read images; 0 reads files and arrays in threads.",
 )
 
 

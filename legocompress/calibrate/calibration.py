@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from legocompress.calibrate.basis import input_bases
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.joint import (
+    JointTuning,
     agreement,
     copy_state,
     output_error,
@@ -28,6 +30,7 @@ from legocompress.calibrate.joint import (
 from legocompress.calibrate.journal import Journal, hash_states, hash_tensors
 from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, write_unit_
 from legocompress.calibrate.preconditions import check_images, check_networks, check_outputs
+from legocompress.data.memory import reusing_memory
 from legocompress.errors import DataError
 from legocompress.lego.module import lego_modules
 from legocompress.models.checks import check_network, refuse_quantized
@@ -50,27 +53,27 @@ def gather(batches: Iterable[Any], n_images: int) -> Tensor:
     Raises:
         DataError: there are fewer than ten, or they differ in size.
     """
-    kept: Tensor | None = None
+    pixels: Tensor | None = None
     done = 0
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch[0]
-        if kept is None:
+        if pixels is None:
             shape = (n_images, *images.shape[1:])
             with tempfile.NamedTemporaryFile() as file:
                 size = torch.Size(shape).numel()
-                kept = torch.from_file(file.name, shared=True, size=size).reshape(shape)
+                pixels = torch.from_file(file.name, shared=True, size=size).reshape(shape)
         images = images[: n_images - done]
-        if images.shape[1:] != kept.shape[1:]:
+        if images.shape[1:] != pixels.shape[1:]:
             raise DataError(
-                f"the images differ in size: {tuple(images.shape[1:])}, {tuple(kept.shape[1:])}"
+                f"the images differ in size: {tuple(images.shape[1:])}, {tuple(pixels.shape[1:])}"
             )
-        kept[done : done + len(images)] = images
+        pixels[done : done + len(images)] = images
         done += len(images)
         if done == n_images:
             break
-    if kept is None or done < FEWEST:
+    if pixels is None or done < FEWEST:
         raise DataError(f"{done} images are too few to calibrate on; at least {FEWEST} are needed")
-    return kept[:done]
+    return pixels[:done]
 
 
 def calibrate_(
@@ -95,7 +98,8 @@ def calibrate_(
 
     One image in five is held out. Steps 2 and 3 are undone where the held-out error does not fall.
     The record is stored as `lego_state(model).calibration`. The same seed gives the same result on
-    the same machine.
+    the same machine. On a CPU, with glibc, memory of feature maps is reused meanwhile and returned
+    at the end.
 
     Args:
         model: a network with Lego modules; its training flags are restored at the end.
@@ -129,7 +133,11 @@ def calibrate_(
     device = next(model.parameters()).device
     used = images[~held_out].to(device)
     hold_out = torch.split(images[held_out].to(device), batch_size)
-    with evaluating(model), evaluating(original):
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(reusing_memory())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(evaluating(original))
         check_outputs(model, original, used[:2])
         judge = partial(output_error, model, original, hold_out)
         before, agreed = judge(), agreement(model, original, hold_out)
@@ -145,12 +153,14 @@ def calibrate_(
         batches = torch.split(used, batch_size)
         norms = _keep_if_better(model, judge, partial(reestimate_norms_, model, batches))
 
-        tune = partial(
-            _tune_together_, model, original, used, front.passed, judge,
-            epochs=epochs, batch_size=batch_size, seed=seed, on_batch=on_batch,
-        )  # fmt: skip
+        def tune_together_() -> None:
+            tuning = _prepare_tuning(model, original, used, front.passed, batch_size, seed)
+            tune_at_chosen_rate_(model, partial(tune_, tuning), judge, epochs, on_batch)
+            for _, layer in lego_modules(model):
+                write_unit_(layer, read_unit(layer))
+
         with explain_in_place("; epochs=0 (--epochs 0) repairs the layers without this tuning"):
-            tuned = epochs > 0 and _keep_if_better(model, judge, tune)
+            tuned = epochs > 0 and _keep_if_better(model, judge, tune_together_)
         record = Calibration(
             images=len(images),
             sha256=sha256,
@@ -168,33 +178,26 @@ def calibrate_(
     return record
 
 
-def _tune_together_(
+def _prepare_tuning(
     model: nn.Module,
     original: nn.Module,
     images: Tensor,
     points: Sequence[str],
-    judge: Callable[[], float],
-    *,
-    epochs: int,
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int, int], None] | None,
-) -> None:
-    """Tune all Lego values at the better rate, and round them to their storage dtypes."""
-    run = partial(
-        tune_,
-        model,
-        original,
-        images,
-        lego_values(model),
-        points,
+) -> JointTuning:
+    """All Lego values of a model, to be tuned in batches small enough for `STEPS` per epoch."""
+    layers = [layer for _, layer in lego_modules(model)]
+    return JointTuning(
+        model=model,
+        original=original,
+        images=images,
+        values=lego_values(model),
+        points=points,
+        bases=input_bases(model, layers, images),
         batch_size=min(batch_size, max(FEW, len(images) // STEPS)),
         seed=seed,
-        bases=input_bases(model, [layer for _, layer in lego_modules(model)], images),
     )
-    tune_at_chosen_rate_(model, run, judge, epochs, on_batch)
-    for _, layer in lego_modules(model):
-        write_unit_(layer, read_unit(layer))
 
 
 def lego_values(model: nn.Module) -> list[nn.Parameter]:
@@ -206,7 +209,7 @@ def lego_values(model: nn.Module) -> list[nn.Parameter]:
 def _keep_if_better(
     model: nn.Module, judge: Callable[[], float], change: Callable[[], None]
 ) -> bool:
-    """Change the model, and undo the change unless `judge` falls; return whether it was kept."""
+    """Change the model, and undo the change unless `judge` falls; return whether it stays."""
     before = judge()
     state = copy_state(model)
     change()

@@ -46,7 +46,7 @@ def open_crops(
         transform = random_crop(transform)
     images = open_images(where, model, data_dir, split, labels=False, transform=transform)
     images = images.sample(n_images, seed)
-    return cropped(images, n_crops, seed) if n_crops > 1 else images
+    return repeat_with_crops(images, n_crops, seed) if n_crops > 1 else images
 
 
 def random_crop(transform: Callable[[Image], Tensor]) -> Callable[[Image], Tensor]:
@@ -59,7 +59,7 @@ def _crop(transform: Callable[[Image], Tensor], photo: Image) -> Tensor:
     return transform(photo.crop((left, top, left + width, top + height)))
 
 
-def cropped(images: Images, n_crops: int, seed: int) -> Images:
+def repeat_with_crops(images: Images, n_crops: int, seed: int) -> Images:
     """Repeat a data set with a random transform `n_crops` times."""
     crops = Crops(images.dataset, images.size, n_crops, seed)
     return replace(images, dataset=crops, size=len(crops))

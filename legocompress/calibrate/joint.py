@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -82,17 +83,36 @@ def reestimate_norms_(model: nn.Module, batches: Sequence[Tensor]) -> None:
             norm.momentum, norm.training = momentum, False
 
 
+@dataclass(frozen=True)
+class JointTuning:
+    """What is tuned together, and towards what.
+
+    Attributes:
+        model: in eval mode; changed in place.
+        original: in eval mode; it gives the targets.
+        images: (N, c, H, W).
+        values: the parameters of the model to tune; the others stay.
+        points: names of modules that return one tensor, whose outputs count, too.
+        bases: for some of the values (r, ...) with D numbers per row, an orthogonal matrix (D, D);
+            Adam works in the coordinates of its columns. `input_bases` computes them.
+        batch_size: images per step.
+        seed: of the order of the images and of their augmentation.
+    """
+
+    model: nn.Module
+    original: nn.Module
+    images: Tensor
+    values: Sequence[nn.Parameter]
+    points: Sequence[str]
+    bases: Mapping[nn.Parameter, Tensor]
+    batch_size: int
+    seed: int
+
+
 def tune_(
-    model: nn.Module,
-    original: nn.Module,
-    images: Tensor,
-    values: Sequence[nn.Parameter],
-    points: Sequence[str],
+    tuning: JointTuning,
     epochs: int,
-    batch_size: int,
-    seed: int,
     rate: float,
-    bases: Mapping[nn.Parameter, Tensor],
     on_batch: Callable[[int, int], None] | None = None,
 ) -> None:
     """Tune values of all layers together, towards the maps of the original.
@@ -101,70 +121,87 @@ def tune_(
     modules `points` and of the network. Each error is divided by its variance, and the outputs of
     the network weigh less. Images are mirrored at random and blended in pairs, since the original
     gives a target for any image; the last quarter of the steps uses them unchanged.
-    Only `values` change.
 
     Args:
-        model: in eval mode; changed in place.
-        original: in eval mode.
-        images: (N, c, H, W).
-        values: the parameters of the model to tune.
-        points: names of modules that return one tensor.
+        tuning: the networks, values and images.
         epochs: number of epochs.
-        batch_size: images per step.
-        seed: of the order of the images and of their augmentation.
         rate: the highest learning rate.
-        bases: for some of the values (r, ...) with D numbers per row, an orthogonal matrix (D, D);
-            Adam works in the coordinates of its columns. `input_bases` computes them.
         on_batch: called with the number of batches done and of all batches.
     """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    n_steps = epochs * math.ceil(len(images) / batch_size)
-    turned = [
-        (value, bases[value], nn.Parameter(value.detach().flatten(1) @ bases[value]))
-        for value in values
-        if value in bases
-    ]
-    plain = [value for value in values if value not in bases]
-    optimiser = torch.optim.Adam([*plain, *(rows for _, _, rows in turned)], rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_one_cycle, n_steps))
-    generator = torch.Generator().manual_seed(seed)
+    images = tuning.images
+    n_steps = epochs * math.ceil(len(images) / tuning.batch_size)
+    optimiser = _AdamInBases(tuning.values, tuning.bases, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser.adam, partial(_one_cycle, n_steps))
+    generator = torch.Generator().manual_seed(tuning.seed)
     orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
-    batches = (chosen for order in orders for chosen in torch.split(order, batch_size))
+    batches = (chosen for order in orders for chosen in torch.split(order, tuning.batch_size))
+    only_values = _require_gradients(tuning.model, tuning.values)
+    with only_values, _channels_last(tuning.model, tuning.original):
+        for step, chosen in enumerate(batches):
+            inputs = images[chosen.to(images.device)]
+            if step < (1 - PURE) * n_steps:
+                inputs = _augment(inputs, generator)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            loss = _loss(tuning, inputs)
+            for value in tuning.values:
+                value.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+            if on_batch is not None:
+                on_batch(step + 1, n_steps)
+
+
+class _AdamInBases:
+    """Adam for some values, which works in the coordinates of a basis where a value has one."""
+
+    def __init__(
+        self, values: Sequence[nn.Parameter], bases: Mapping[nn.Parameter, Tensor], rate: float
+    ) -> None:
+        self._turned = [
+            (value, bases[value], nn.Parameter(value.detach().flatten(1) @ bases[value]))
+            for value in values
+            if value in bases
+        ]
+        plain = [value for value in values if value not in bases]
+        self.adam = torch.optim.Adam([*plain, *(rows for _, _, rows in self._turned)], rate)
+
+    def step(self) -> None:
+        """Change the values by their gradients."""
+        for value, basis, rows in self._turned:
+            rows.grad = None if value.grad is None else value.grad.flatten(1) @ basis
+        self.adam.step()
+        with torch.no_grad():
+            for value, basis, rows in self._turned:
+                value.copy_((rows @ basis.T).reshape(value.shape))
+
+
+@contextmanager
+def _require_gradients(model: nn.Module, values: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let only some parameters of a model require gradients; restore the flags at the end."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for value in values:
             value.requires_grad_(True)
-        with _channels_last(model, original):
-            for step, chosen in enumerate(batches):
-                inputs = images[chosen.to(images.device)]
-                if step < (1 - PURE) * n_steps:
-                    inputs = _augment(inputs, generator)
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-                with torch.no_grad():
-                    targets = _maps(original, points, inputs)
-                with torch.enable_grad():
-                    outputs = _maps(model, points, inputs)
-                    losses = [_relative_loss(a, b) for a, b in zip(outputs, targets, strict=True)]
-                    parts, ends = losses[: len(points)], losses[len(points) :]
-                    shares = [part / len(parts) for part in parts] + [OUTPUTS * end for end in ends]
-                    loss = torch.stack(shares).sum()
-                    for value in values:
-                        value.grad = None
-                    loss.backward()  # type: ignore[no-untyped-call]
-                for value, basis, rows in turned:
-                    rows.grad = None if value.grad is None else value.grad.flatten(1) @ basis
-                optimiser.step()
-                schedule.step()
-                with torch.no_grad():
-                    for value, basis, rows in turned:
-                        value.copy_((rows @ basis.T).reshape(value.shape))
-                if on_batch is not None:
-                    on_batch(step + 1, n_steps)
+        yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+def _loss(tuning: JointTuning, inputs: Tensor) -> Tensor:
+    """The mean error of the maps at the points, plus the weighted errors of the outputs."""
+    with torch.no_grad():
+        targets = _maps(tuning.original, tuning.points, inputs)
+    with torch.enable_grad():
+        outputs = _maps(tuning.model, tuning.points, inputs)
+        losses = [_relative_loss(a, b) for a, b in zip(outputs, targets, strict=True)]
+        parts, ends = losses[: len(tuning.points)], losses[len(tuning.points) :]
+        shares = [part / len(parts) for part in parts] + [OUTPUTS * end for end in ends]
+        return torch.stack(shares).sum()
 
 
 def tune_at_chosen_rate_(
@@ -180,7 +217,7 @@ def tune_at_chosen_rate_(
 
     Args:
         model: the network that `run` changes.
-        run: `tune_`, with all arguments but epochs, rate and on_batch.
+        run: `tune_` of a `JointTuning`; it takes epochs, rate and on_batch.
         judge: computes the error of the model, which may be infinite or NaN.
         epochs: number of epochs after the trials.
         on_batch: called with the number of batches done and of all batches, trials included.

@@ -53,18 +53,18 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
     calls, n_calls = next(_calls(front, name))[1], front.steps[name].calls
     if len(calls) != n_calls:
         return LayerRepair(name=name, note=f"runs {len(calls)} convs in {n_calls} calls")
-    seen, held_out = _moments(front, name, layer, seed)
-    if not (math.isfinite(seen.energy) and bool(seen.square.isfinite().all())):
+    moments, held_out = _sum_moments(front, name, layer, seed)
+    if not (math.isfinite(moments.energy) and bool(moments.square.isfinite().all())):
         return LayerRepair(name=name, note="its inputs hold NaN or infinity")
-    before = held_out.error(_padded(layer, calls[0].weight))
-    if not seen.energy:
+    before = held_out.error(_pad_channels(layer, calls[0].weight))
+    if not moments.energy:
         return LayerRepair(name=name, note="the original's outputs are zero")
     if before < EXACT:
         return LayerRepair(name=name, before=before**0.5, after=before**0.5)
     state = {key: value.clone() for key, value in layer.state_dict().items()}
-    write_unit_(layer, fit_unit(layer.lego_shape, read_unit(layer), seen, held_out, seed))
+    write_unit_(layer, fit_unit(layer.lego_shape, read_unit(layer), moments, held_out, seed))
     # Read the effective weight again, since the class of the layer may standardise it.
-    after = held_out.error(_padded(layer, next(_calls(front, name))[1][0].weight))
+    after = held_out.error(_pad_channels(layer, next(_calls(front, name))[1][0].weight))
     if not after < before:
         layer.load_state_dict(state)
         after = before
@@ -81,7 +81,7 @@ def _calls(front: Front, name: str) -> Iterator[tuple[list[Call], list[Call]]]:
         )
 
 
-def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Moments, Moments]:
+def _sum_moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Moments, Moments]:
     """Sum moments over sampled pixels: of the images to fit, and of the held-out images."""
     shape = layer.lego_shape
     channels = shape.n_split * shape.width
@@ -96,13 +96,13 @@ def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Mom
         per_call = -(-per_image // len(ours))
         for target, call in zip(theirs, ours, strict=True):
             image, position = sample(len(call.x), math.prod(call.size), per_call, generator)
-            held = (image + first) % HELD_OUT == HELD_OUT - 1
-            filters = _padded(layer, target.weight)
+            is_held_out = (image + first) % HELD_OUT == HELD_OUT - 1
+            filters = _pad_channels(layer, target.weight)
             x = call.patches(image, position, channels).float()
             original_x = target.patches(image, position, channels).float()
             y = torch.einsum("pgd,gnd->pgn", original_x, filters)
-            both[0].add(x[~held], y[~held])
-            both[1].add(x[held], y[held])
+            both[0].add(x[~is_held_out], y[~is_held_out])
+            both[1].add(x[is_held_out], y[is_held_out])
         first += len(ours[0].x)
     assert filters is not None
     both[0].finish(filters, DAMPING)
@@ -110,7 +110,7 @@ def _moments(front: Front, name: str, layer: LegoModule, seed: int) -> tuple[Mom
     return both[0], both[1]
 
 
-def _padded(layer: LegoModule, weight: Tensor) -> Tensor:
+def _pad_channels(layer: LegoModule, weight: Tensor) -> Tensor:
     """A dense weight (n, c/g, kh, kw) as filters (g, n/g, D) with the unit's padded channels."""
     shape = layer.lego_shape
     missing = shape.n_split * shape.width - shape.channels

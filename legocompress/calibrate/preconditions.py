@@ -35,9 +35,9 @@ def check_networks(model: nn.Module, original: nn.Module) -> None:
 def check_images(images: Any, fewest: int) -> None:
     """Check that the images are one float tensor of enough images; DataError if not."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise DataError(
-            f"images to calibrate on are one float tensor (N, c, H, W), not {given}; `gather` "
+            f"images to calibrate on are one float tensor (N, c, H, W), not {kind}; `gather` "
             "makes it of batches, and torch.stack of a list of images of one size"
         )
     if len(images) < fewest:

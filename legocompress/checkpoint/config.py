@@ -13,6 +13,7 @@ from torch import nn
 
 from legocompress.checkpoint.limits import check_input_size
 from legocompress.errors import CheckpointError
+from legocompress.files import explain_missing
 from legocompress.models.probe import model_cfg
 from legocompress.spec import FilterDtype, StorageDtype
 from legocompress.state.calibration import Calibration
@@ -97,6 +98,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
         if not needed.is_file():
             raise CheckpointError(
                 f"{str(folder)!r} is not a compressed folder: it has no {needed.name}"
+                f"{explain_missing(folder)}"
             )
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:

@@ -310,16 +310,16 @@ def open_model(name: str, **create_args: Any) -> nn.Module:
         return create(name, **create_args)
     if not (folder / CONFIG).is_file():
         return create(name, **create_args)
-    given = [
+    settings = [
         k for k, v in create_args.items() if not (k == "seed" or v is None or v is True or v == {})
     ]
     if (folder / CONFIG).stat().st_size <= MAX_CONFIG_BYTES and "compression_config" not in (
         folder / CONFIG
     ).read_text(encoding="utf-8", errors="replace"):
         return create(name if is_hub_name(name) else f"local-dir:{name}", **create_args)
-    if given:
+    if settings:
         raise UsageError(
-            f"{name!r} is a compressed folder, which takes no {', '.join(given)}: the folder "
+            f"{name!r} is a compressed folder, which takes no {', '.join(settings)}: the folder "
             "says itself which network it holds"
         )
     return load(name)

@@ -14,22 +14,22 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def find_structural_exclusions(
-    model: nn.Module, found: list[tuple[str, nn.Module]], calls: dict[nn.Module, Calls]
+    model: nn.Module, layers: list[tuple[str, nn.Module]], calls: dict[nn.Module, Calls]
 ) -> dict[str, str]:
     """Find the layers that stay dense because of their place in the network: name -> reason."""
-    convs = [(name, layer) for name, layer in found if isinstance(layer, nn.Conv2d)]
+    convs = [(name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d)]
     cfg = model_cfg(model)
     image = default_input(model)
     channels = 0 if image is None else image.shape[1]
     reasons = {}
     for position, (name, layer) in enumerate(convs):
-        seen = calls.get(layer)
+        layer_calls = calls.get(layer)
         if layer.in_channels == layer.groups > 1:
             continue
         if (
             position == 0
             or name in _names(cfg.get("first_conv"))
-            or (seen is not None and seen.sees_image)
+            or (layer_calls is not None and layer_calls.sees_image)
             or (layer.in_channels == channels and channels <= 4)
         ):
             reasons[name] = "stem: it sees the image"

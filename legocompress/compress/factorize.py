@@ -39,8 +39,8 @@ def factorize_each(
     first = shapes[0]
     rows = cut_fragments(weight, first.n_split).reshape(first.n_fragments, -1)
     terms = [shape.n_terms for shape in shapes]
-    found = clusterings(rows, first.n_lego, terms, spec.coefficients, seed)
-    for n_terms, factors in zip(terms, found, strict=True):
+    units = clusterings(rows, first.n_lego, terms, spec.coefficients, seed)
+    for n_terms, factors in zip(terms, units, strict=True):
         slots = (first.n_split, first.n_out, n_terms)
         filters = factors.lego_filters.reshape(first.n_lego, first.width, *first.kernel)
         gains = None

@@ -11,12 +11,12 @@ from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from legocompress.compress.custom_computation import explain_custom_computation, explain_name_clash
 from legocompress.compress.eligibility import (
     explain_unsupported,
     explain_unwanted,
     find_structural_exclusions,
 )
-from legocompress.compress.own_computation import explain_name_clash, explain_own_computation
 from legocompress.compress.plan_types import LayerPlan, Plan
 from legocompress.compress.sharing import find_shared_weights
 from legocompress.compress.sizing import check_splits, choose_shape, explain_no_gain
@@ -57,29 +57,29 @@ def plan(
     reparameterize = has_training_form(model)
     if reparameterize:
         model = fused_copy(model)
-    found = list(_list_layers(model))
-    wanted = (nn.Conv2d, nn.Linear) if spec.linear else (nn.Conv2d,)
-    if not any(isinstance(layer, wanted) for _, layer in found):
+    layers = list(_list_layers(model))
+    types = (nn.Conv2d, nn.Linear) if spec.linear else (nn.Conv2d,)
+    if not any(isinstance(layer, types) for _, layer in layers):
         raise PlanError(
             f"{type(model).__name__} has no Conv2d layer, so there is nothing to convert"
-            + (" (--linear takes Linear layers in)" if found and not spec.linear else "")
+            + (" (--linear takes Linear layers in)" if layers and not spec.linear else "")
             + (
                 "; a torch.export program holds operators, so plan before exporting"
                 if isinstance(model, torch.fx.GraphModule)
                 else ""
             )
         )
-    check_patterns(spec, [name for name, _ in found])
+    check_patterns(spec, [name for name, _ in layers])
     calls, input_shape, note = probe(model, example_input)
-    order = {id(layer): calls[layer].order for _, layer in found if layer in calls}
-    last = len(found)  # taken here, since a list looks empty while it is being sorted
-    found.sort(key=lambda pair: order.get(id(pair[1]), last))
-    kept = find_structural_exclusions(model, found, calls)
+    order = {id(layer): calls[layer].order for _, layer in layers if layer in calls}
+    last = len(layers)  # taken here, since a list looks empty while it is being sorted
+    layers.sort(key=lambda pair: order.get(id(pair[1]), last))
+    exclusions = find_structural_exclusions(model, layers, calls)
     shared = find_shared_weights(model)
     rows = []
     counted: set[int] = set()
-    for name, layer in found:
-        row = _plan_layer(name, layer, spec, kept.get(name), calls, shared)
+    for name, layer in layers:
+        row = _plan_layer(name, layer, spec, exclusions.get(name), calls, shared)
         weight = layer._parameters.get("weight")
         if weight is not None and id(weight) in counted:  # a shared weight counts once
             row = replace(row, dense_params=0, dense_bits=0)
@@ -110,12 +110,12 @@ def _plan_layer(
     name: str,
     layer: nn.Module,
     spec: LegoSpec,
-    kept: str | None,
+    exclusion: str | None,
     calls: dict[nn.Module, Calls],
     shared: dict[int, str],
 ) -> LayerPlan:
     weight = layer._parameters.get("weight")
-    seen = calls.get(layer)
+    layer_calls = calls.get(layer)
     size = 0 if weight is None or isinstance(weight, UninitializedParameter) else weight.numel()
     row = LayerPlan(
         name=name,
@@ -126,14 +126,15 @@ def _plan_layer(
         dense_params=size,
         dense_bits=8 * weight.element_size() * size if weight is not None and size else 0,
         dense_macs=None
-        if seen is None
-        else seen.pixels * _count_applied_weight(layer, size or _count_computed_weight(layer)),
-        pixels=None if seen is None else seen.pixels,
+        if layer_calls is None
+        else layer_calls.pixels
+        * _count_applied_weight(layer, size or _count_computed_weight(layer)),
+        pixels=None if layer_calls is None else layer_calls.pixels,
     )
     named = spec.names_exactly(name)
     reason = explain_unsupported(layer, shared) or explain_unwanted(name, layer, spec)
     if reason is None and not named:
-        reason = kept or (
+        reason = exclusion or (
             "Linear layer (--linear takes it in)"
             if isinstance(layer, nn.Linear) and not spec.linear
             else None
@@ -142,7 +143,7 @@ def _plan_layer(
         reason = "depthwise: one input channel a group"
     if reason is None:
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
-        reason = explain_name_clash(layer) or explain_own_computation(layer)
+        reason = explain_name_clash(layer) or explain_custom_computation(layer)
     if reason is None:
         ours = spec.for_layer(name)
         shape = choose_shape(row, ours)

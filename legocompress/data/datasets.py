@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from logging import getLogger
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from legocompress.data.pixels import convert_image
 from legocompress.errors import DataError
 
 UNLABELLED = -1
+_LOGGING = Lock()
 
 
 class Converter:
@@ -34,8 +36,11 @@ class Converter:
     def __call__(self, image: Image.Image) -> Image.Image:
         """Convert an image; a DataError continues its name."""
         converted, is_transparent = convert_image(image, self.mode)
-        if is_transparent and not self.is_logged.item():
-            self.is_logged.fill_(True)
+        if is_transparent:
+            with _LOGGING:  # threads share the mark, too
+                is_first = not self.is_logged.item()
+                self.is_logged.fill_(True)
+        if is_transparent and is_first:
             getLogger("legocompress").warning(
                 "images of %r have transparent pixels, which are blended with white", self.name
             )
@@ -74,6 +79,12 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         with _name_image(repr(path)), Image.open(path) as image:
             return self.transform(self.convert(image)), label
 
+    def open(self, position: int) -> tuple[Image.Image, int]:
+        """Read an image without the transform, and its label."""
+        path, label = self.items[position]
+        with _name_image(repr(path)), Image.open(path) as image:
+            return self.convert(image), label
+
 
 class Arrays(Dataset[tuple[Tensor, int]]):
     """Images held in memory as uint8."""
@@ -85,39 +96,44 @@ class Arrays(Dataset[tuple[Tensor, int]]):
         return len(self.pixels)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        image, label = self.open(position)
+        return self.transform(image), label
+
+    def open(self, position: int) -> tuple[Image.Image, int]:
+        """Make an image without the transform, and return its label."""
         image = Image.fromarray(self.pixels[position]).convert(self.mode)
-        return self.transform(image), int(self.labels[position])
+        return image, int(self.labels[position])
 
 
 class NamedImages(Dataset[tuple[Tensor, int]]):
     """A named data set of timm; an unreadable image is an error, where timm would skip it."""
 
-    def __init__(self, found: Any, name: str, transform: Callable[..., Tensor], mode: str):
-        self.found, self.name, self.transform = found, name, transform
+    def __init__(self, dataset: Any, name: str, transform: Callable[..., Tensor], mode: str):
+        self.dataset, self.name, self.transform = dataset, name, transform
         self.convert = Converter(name, mode)
-        if isinstance(found, (DatasetFolder, Places365)):
-            found.loader = _load_image  # torchvision's own clips 16 bits
+        if isinstance(dataset, (DatasetFolder, Places365)):
+            dataset.loader = _load_image  # torchvision's own clips 16 bits
 
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.dataset)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         with _name_image(f"{self._describe(position)} of data set {self.name!r}"):
-            if isinstance(self.found, ImageDataset):
-                file, label = self.found.reader[position][:2]
+            if isinstance(self.dataset, ImageDataset):
+                file, label = self.dataset.reader[position][:2]
                 with closing(file):
                     image = self.convert(Image.open(file))
             else:
-                image, label = self.found[position]
+                image, label = self.dataset[position]
                 image = self.convert(image)
         return self.transform(image), UNLABELLED if label is None else int(label)
 
     def _describe(self, position: int) -> str:
         """Return the position, and the file's name where the data set has files."""
-        if isinstance(self.found, ImageDataset):
-            return f"{position} ({self.found.filename(position)})"
-        if isinstance(self.found, DatasetFolder):
-            return f"{position} ({self.found.samples[position][0]})"
+        if isinstance(self.dataset, ImageDataset):
+            return f"{position} ({self.dataset.filename(position)})"
+        if isinstance(self.dataset, DatasetFolder):
+            return f"{position} ({self.dataset.samples[position][0]})"
         return f"{position}"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from timm.utils import accuracy
 from torch import Tensor, nn
 
 from legocompress.data.datasets import UNLABELLED
+from legocompress.data.memory import reusing_memory
 from legocompress.errors import DataError, first_line
 from legocompress.models.inputs import check_one_input
 from legocompress.models.outputs import describe_output, find_logits, flatten_float_tensors
@@ -43,6 +45,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure accuracy on labelled images and agreement with the original network.
 
+    On a CPU, memory of feature maps is reused meanwhile (`reusing_memory`).
+
     Args:
         model: a network from (N, c, H, W) to (N, classes), or to a tuple, dict or dataclass that
             has such a tensor: the first one, but in a dict the only one.
@@ -61,7 +65,10 @@ def evaluate(
     sums = dict.fromkeys(("images", "labelled", "top1", "top5", "o1", "o5", "same"), 0.0)
     error = reference = 0.0
     device = next(model.parameters()).device
-    with evaluating(model):
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(reusing_memory())
+        stack.enter_context(evaluating(model))
         for images, labels in batches:
             images, labels = images.to(device), labels.to(device)
             y, tensors = _run(model, images, labels)

@@ -89,15 +89,15 @@ def open_images(
     where = os.path.expanduser(where)
     data_dir = None if data_dir is None else os.path.expanduser(data_dir)
     class_map = None if class_map is None else os.path.expanduser(class_map)
-    own, mode = preprocessing(model)
-    transform = own if transform is None else transform
+    model_transform, mode = preprocessing(model)
+    transform = model_transform if transform is None else transform
     path = Path(where)
     if path.suffix == ".npz" and path.is_file():
-        images = _arrays(path, transform, mode, labels)
+        images = _open_arrays(path, transform, mode, labels)
     elif where and path.is_dir():
-        images = _folder(path, transform, mode, class_map, labels)
+        images = _open_folder(path, transform, mode, class_map, labels)
     elif where.partition("/")[0] in SCHEMES and not path.exists():
-        images = _named(where, data_dir, split, transform, mode, labels)
+        images = _open_named(where, data_dir, split, transform, mode, labels)
     else:
         raise DataError(
             f"no images at {where!r}; allowed are a folder, an .npz file with 'images', or a timm "
@@ -123,7 +123,7 @@ def preprocessing(model: nn.Module) -> tuple[Callable[..., Tensor], str]:
     return transform, mode
 
 
-def _folder(
+def _open_folder(
     path: Path, transform: Callable[..., Tensor], mode: str, class_map: str | None, labels: bool
 ) -> Images:
     order = None if class_map is None else _class_order(Path(class_map))
@@ -144,7 +144,7 @@ def _class_order(path: Path) -> dict[str, int]:
     return {line.strip(): position for position, line in enumerate(lines) if line.strip()}
 
 
-def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: bool) -> Images:
+def _open_arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: bool) -> Images:
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             pixels = file["images"]
@@ -168,7 +168,7 @@ def _arrays(path: Path, transform: Callable[..., Tensor], mode: str, labels: boo
     return Images(Arrays(pixels, targets, transform, mode), len(pixels), labelled, str(path))
 
 
-def _named(
+def _open_named(
     name: str,
     data_dir: str | None,
     split: str,
@@ -177,10 +177,12 @@ def _named(
     labels: bool,
 ) -> Images:
     try:
-        found = create_named(name, data_dir, split, transform, mode)
-        is_stream = isinstance(found, IterableDataset)  # which has no positions to read at
-        dataset: Any = found if is_stream else NamedImages(found, name, transform, mode)
-        size = len(found)
+        timm_dataset = create_named(name, data_dir, split, transform, mode)
+        is_stream = isinstance(timm_dataset, IterableDataset)  # which has no positions to read at
+        dataset: Any = (
+            timm_dataset if is_stream else NamedImages(timm_dataset, name, transform, mode)
+        )
+        size = len(timm_dataset)
     # Each library behind these names has errors of its own.
     except Exception as error:
         raise DataError(

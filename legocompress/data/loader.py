@@ -11,13 +11,24 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from legocompress.data.reading import read_in_threads
 from legocompress.errors import DataError
 
 
 class Loader(DataLoader[Any]):
-    """A loader whose workers end with its process, and whose errors are one sentence."""
+    """A loader whose workers end with its process, and whose errors are one sentence.
+
+    Without workers, image files and arrays are read in threads (`read_in_threads`).
+    """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches: Any = self.batch_sampler
+        read = None
+        if not self.num_workers and batches is not None:
+            read = read_in_threads(self.dataset, batches)
+        if read is not None:
+            yield from read
+            return
         self.worker_init_fn = partial(_end_with, os.getpid())
         try:
             yield from super().__iter__()

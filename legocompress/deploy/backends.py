@@ -18,7 +18,12 @@ from legocompress import kernels
 from legocompress.deploy.activation import Activation, activate_
 from legocompress.deploy.folding import FoldedConv
 from legocompress.deploy.memory_format import TORCH_FORMATS
-from legocompress.lego.algebra import build_slot_table, merge_by_table, split_transform_merge
+from legocompress.lego.algebra import (
+    build_slot_table,
+    merge_by_table,
+    split_transform_merge,
+    transform,
+)
 from legocompress.state.deployment import ConvRoute, Format
 
 # run(x, residual, overwrite): x (N, c, H, W) and residual (N, n, H', W') or None give
@@ -125,9 +130,8 @@ def build_table(conv: FoldedConv, memory_format: Format, _: Tensor) -> Runner:
         if batch not in tables:
             tables.clear()
             tables[batch] = build_slot_table(shape, unit, batch)
-        y = merge_by_table(
-            shape, x, unit.lego_filters, *tables[batch], bias, g.stride, padding, g.dilation
-        )
+        z = transform(shape, unit.lego_filters, x, g.stride, padding, g.dilation)
+        y = merge_by_table(shape, z, tables[batch], bias)
         y = y.contiguous(memory_format=torch_format)
         return _add_and_activate_(y, residual, activation)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from legocompress.deploy.route_plan import (
     simplest_plan,
 )
 from legocompress.errors import DeployError, UsageError
-from legocompress.lego.module import ModelT, lego_modules
+from legocompress.lego.module import LegoModule, ModelT
 from legocompress.models.checks import refuse_wrapper
 from legocompress.models.outputs import flatten_float_tensors
 from legocompress.models.probe import default_input
@@ -92,16 +92,14 @@ def deploy_(
     refuse_wrapper(model)
     _check_usage(only, formats)
     undeploy_(model)
-    if lego_state(model).quantization is not None:
+    state = lego_state(model)
+    if state.quantization is not None:
         return _deploy_quantized_(model, example_input)
     partition = partition_model(model.eval(), example_input)
     machine = describe_machine(partition.images)
     _warn_without_kernels(partition.images[0].device)
-
-    hints: tuple[Choices, ...] = lego_state(model).choices
-    usable_hints = () if remeasure or only is not None else hints
+    usable_hints = () if remeasure or only is not None else state.choices
     reusable = _reusable_choices(partition, machine, choices, usable_hints)
-
     progress = _Progress(on_layer)
 
     def plan_part(graph: FusedGraph, inputs: tuple[Tensor, ...]) -> RoutePlan:
@@ -109,31 +107,25 @@ def deploy_(
             return prepare_choices(graph, inputs, reusable)
         return autotune(graph, inputs, seconds, progress, only, formats)
 
-    plans: list[tuple[FusedGraph, RoutePlan]] = []
-    installed: list[FusedGraph] = []
+    results: list[_PartResult] = []
     warned: set[str] = set()
     # A part that another part calls comes after it, and is deployed before it.
     for part in reversed(partition.parts):
-        plan, fault = _deploy_part_(part, plan_part, warned)
-        plans.append((part.graph, plan))
+        results.append(_deploy_part_(part, plan_part, warned))
         if progress.error is not None:
             undeploy_(model)
             raise progress.error
-        if fault is None:
-            installed.append(part.graph)
-        else:
-            partition.notes.append(f"{part.graph.name or '(root)'} runs by its own code: {fault}")
-    _freeze_undeployed_(model, installed)
+    installed = [result.graph for result in results if result.note is None]
+    _freeze_undeployed_(partition.lego_layers, installed)
 
-    made = _combine_choices(plans, machine)
-    state = lego_state(model)
+    new_choices = _combine_choices(results, machine)
     if only is None:
-        state.choices = _add_hint(hints, made)
+        state.choices = _add_hint(state.choices, new_choices)
     state.deployment = Deployment(
-        choices=made,
+        choices=new_choices,
         **_count(installed),
-        milliseconds={n: ms for _, plan in plans for n, ms in plan.milliseconds.items()},
-        notes=tuple(partition.notes),
+        milliseconds={n: ms for r in results for n, ms in r.plan.milliseconds.items()},
+        notes=(*partition.notes, *(r.note for r in results if r.note is not None)),
         hint_used=choices is None and reusable is not None,
     )
     return model
@@ -194,20 +186,32 @@ class _Progress:
             raise
 
 
+class _PartResult(NamedTuple):
+    """How a part is deployed; `note` says why it runs by its own code, if it does."""
+
+    graph: FusedGraph
+    plan: RoutePlan
+    note: str | None = None
+
+
 def _deploy_part_(
     part: Part,
     plan_part: Callable[[FusedGraph, tuple[Tensor, ...]], RoutePlan],
     warned: set[str],
-) -> tuple[RoutePlan, str | None]:
-    """Plan and install a part; return its plan, and why it runs by its own code, if it does."""
+) -> _PartResult:
+    """Plan and install a part."""
     plan = simplest_plan(part.graph)
     try:
         inputs = part.inputs()
         plan = plan_part(part.graph, inputs)
-        return plan, install_(part.graph, plan.memory_format, inputs, warned)
+        fault = install_(part.graph, plan.memory_format, inputs, warned)
     # A library or the network's own code may refuse with any exception; nothing is installed then.
     except Exception as error:
-        return plan, describe_error(error)
+        fault = describe_error(error)
+    if fault is None:
+        return _PartResult(part.graph, plan)
+    name = part.graph.name or "(root)"
+    return _PartResult(part.graph, plan, f"{name} runs by its own code: {fault}")
 
 
 def undeploy_(model: ModelT) -> ModelT:
@@ -261,19 +265,19 @@ def _reusable_choices(
     return reusable if misfit is None else None
 
 
-def _freeze_undeployed_(model: nn.Module, installed: list[FusedGraph]) -> None:
+def _freeze_undeployed_(layers: list[LegoModule], installed: list[FusedGraph]) -> None:
     """Assemble the weights of the Lego layers that run by the network's own code."""
     deployed: set[nn.Module] = set().union(*(graph.source_convs for graph in installed))
-    for _, module in lego_modules(model):
-        if module not in deployed:
-            module.freeze()
+    for layer in layers:
+        if layer not in deployed:
+            layer.freeze()
 
 
-def _combine_choices(plans: list[tuple[FusedGraph, RoutePlan]], machine: Machine) -> Choices:
+def _combine_choices(results: list[_PartResult], machine: Machine) -> Choices:
     return Choices(
         machine=machine,
-        formats={graph.name: plan.memory_format for graph, plan in plans},
-        routes={name: route for _, plan in plans for name, route in plan.routes.items()},
+        formats={result.graph.name: result.plan.memory_format for result in results},
+        routes={name: route for r in results for name, route in r.plan.routes.items()},
     )
 
 

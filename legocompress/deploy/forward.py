@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.guard import StateGuard
 from legocompress.deploy.memory_format import to_memory_format
-from legocompress.deploy.recorded import record_runs
+from legocompress.deploy.recorded import forget_tapes_, record_runs
 from legocompress.lego.surgery import Replacement
 from legocompress.models.outputs import flatten_leaves, list_container_types
 from legocompress.state.deployment import Format
@@ -184,10 +184,12 @@ class DeployedForward(GraphForward):
         kinds = [(x.device, x.dtype, x.dim()) for x in inputs]
         super().__init__(graph.root, kinds, warned)
         self.graph = graph.graph_module
-        self.run = record_runs(graph.graph_module).forward
+        recorded = record_runs(graph.graph_module)
+        self.run = recorded.forward
         self.memory_format = memory_format
         live = {part for called in graph.undeployed_modules() for part in called.modules()}
-        self.guard = StateGuard(graph.root, live, graph.name)
+        forget_tapes = partial(forget_tapes_, recorded)
+        self.guard = StateGuard(graph.root, live, graph.name, forget_tapes)
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """An input in the memory format of the graph."""

@@ -23,7 +23,8 @@ INNER_DICTS = _OF_EVERY_MODULE - {"training"}
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 # A forward pass without gradients does not read these; `train` drops a frozen weight.
 _IGNORED = frozenset({
-    LEGO_STATE, "_is_full_backward_hook", "weight_error", "storage_dtype", "coefficients_dtype",
+    LEGO_STATE, "_watch", "_is_full_backward_hook", "weight_error", "storage_dtype",
+    "coefficients_dtype",
 })  # fmt: skip
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 _WITHOUT_STATE = (

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from legocompress.deploy.conv_layer import is_deployable_conv
 from legocompress.deploy.fusing import FusedGraph, fuse_graph
 from legocompress.errors import UsageError
+from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.inputs import Arguments, to_arguments
 from legocompress.models.outputs import flatten_float_tensors
 from legocompress.models.probe import default_input, evaluating
@@ -38,11 +39,13 @@ class Partition:
 
     Attributes:
         images: the float tensors among the example's arguments, also in lists and dicts.
+        lego_layers: all Lego layers of the network, traced or not.
         parts: the traced parts; a part that another part calls comes after it.
         notes: which modules were not traced as a whole, and why.
     """
 
     images: tuple[Tensor, ...]
+    lego_layers: list[LegoModule]
     parts: list[Part] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -71,7 +74,8 @@ def partition_model(model: nn.Module, example_input: Any = None) -> Partition:
             "or a dict of keyword arguments"
         )
     arguments = to_arguments(model, example_input)
-    partitioner = _Partitioner(model, arguments, Partition(arguments.float_tensors()))
+    layers = [layer for _, layer in lego_modules(model)]
+    partitioner = _Partitioner(model, arguments, Partition(arguments.float_tensors(), layers))
     with evaluating(model):
         partitioner.visit("", model)
     return partitioner.partition

@@ -43,6 +43,10 @@ class RecordedRun(nn.Module):
             return self._record(key, inputs)
         return self.body(*inputs) if tape is None else tape(*inputs)  # type: ignore[no-any-return]
 
+    def forget_tapes(self) -> None:
+        """Drop the recordings, which hold the addresses of the layers' tensors."""
+        self._tapes.clear()
+
     def _record(self, key: Any, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         with kernels.recording(inputs) as recorder:
             outputs: Sequence[Tensor] = self.body(*inputs)
@@ -53,6 +57,13 @@ class RecordedRun(nn.Module):
         except KernelError:
             self._tapes[key] = None
         return outputs
+
+
+def forget_tapes_(graph_module: nn.Module) -> None:
+    """Let each `RecordedRun` of a graph record anew, since its layers' tensors may have moved."""
+    for part in graph_module.modules():
+        if isinstance(part, RecordedRun):
+            part.forget_tapes()
 
 
 def record_runs(

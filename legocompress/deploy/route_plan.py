@@ -65,11 +65,16 @@ def prepare_choices(graph: FusedGraph, inputs: tuple[Tensor, ...], choices: Choi
     """Prepare and use the routes of choices, which must fit the graph (`explain_misfit`)."""
     names = [str(layer.name) for layer in (*graph.convs, *graph.plains)]
     plan = RoutePlan(choices.formats[graph.name], {name: choices.routes[name] for name in names})
+    prepare_plan(graph, inputs, plan)
+    return plan
+
+
+def prepare_plan(graph: FusedGraph, inputs: tuple[Tensor, ...], plan: RoutePlan) -> None:
+    """Prepare and use the routes of a plan, which must name one for each layer of the graph."""
     for plain in graph.plains:
         plain.route = plan.routes[plain.name]  # type: ignore[assignment]
     with torch.no_grad():
         _Preparer(graph, plan).run(*(to_memory_format(x, plan.memory_format) for x in inputs))
-    return plan
 
 
 class _Preparer(fx.Interpreter):

@@ -100,9 +100,11 @@ def _check_loads(folder: Path, state: dict[str, Tensor], architecture: str) -> N
             loaded = create(f"local-dir:{folder}")
     except LegoError as error:
         raise ExportError(f"timm does not load {architecture} from a folder: {error}") from error
-    found = loaded.state_dict()
-    wrong = sorted(found.keys() ^ state.keys()) or [
-        name for name, t in state.items() if not torch.equal(found[name], t.to(found[name].dtype))
+    loaded_state = loaded.state_dict()
+    wrong = sorted(loaded_state.keys() ^ state.keys()) or [
+        name
+        for name, t in state.items()
+        if not torch.equal(loaded_state[name], t.to(loaded_state[name].dtype))
     ]
     if wrong:
         raise ExportError(

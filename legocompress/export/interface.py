@@ -113,15 +113,15 @@ def make_unique(names: list[str], taken: set[str]) -> Iterator[str]:
         yield unique
 
 
-def measure_differences(expected: Any, found: Any) -> tuple[float, float]:
+def measure_differences(expected: Any, actual: Any) -> tuple[float, float]:
     """The largest difference of two nested outputs: absolute, and relative to the largest value.
 
     Of integer tensors, such as classes, the relative difference is the share of values that differ.
     Values that are not tensors must be equal, and so must shapes and infinite or NaN values;
     otherwise both numbers are infinite.
     """
-    pairs = list(zip(_leaves(expected), _leaves(found), strict=False))
-    if len(_leaves(expected)) != len(_leaves(found)) or not all(_match(a, b) for a, b in pairs):
+    pairs = list(zip(_leaves(expected), _leaves(actual), strict=False))
+    if len(_leaves(expected)) != len(_leaves(actual)) or not all(_match(a, b) for a, b in pairs):
         return float("inf"), float("inf")
     absolute = largest = share = 0.0
     for a, b in ((a, b) for a, b in pairs if isinstance(a, Tensor) and a.numel()):
@@ -139,11 +139,11 @@ def _leaves(output: Any) -> list[Any]:
     return [leaf for _, leaf in flatten_leaves(output)]
 
 
-def _match(expected: Any, found: Any) -> bool:
+def _match(expected: Any, actual: Any) -> bool:
     """Whether two leaves are alike apart from rounding."""
-    if not isinstance(expected, Tensor) or not isinstance(found, Tensor):
-        return type(expected) is type(found) and bool(expected == found)
-    if expected.shape != found.shape:
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return type(expected) is type(actual) and bool(expected == actual)
+    if expected.shape != actual.shape:
         return False
-    special = ~expected.isfinite() | ~found.isfinite()
-    return torch.allclose(expected[special].double(), found[special].double(), equal_nan=True)
+    special = ~expected.isfinite() | ~actual.isfinite()
+    return torch.allclose(expected[special].double(), actual[special].double(), equal_nan=True)

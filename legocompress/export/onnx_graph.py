@@ -20,7 +20,7 @@ def attach_unit_(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form)
     graph = proto.graph
     nodes = []
 
-    def constant(key: str, tensor: Tensor) -> str:
+    def add_constant(key: str, tensor: Tensor) -> str:
         kind = _onnx_type(onnx, tensor.dtype)
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         graph.initializer.append(
@@ -28,41 +28,41 @@ def attach_unit_(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form)
         )
         return key
 
-    def narrow(key: str, tensor: Tensor) -> str:
-        return constant(f"{key}.{str(tensor.dtype).removeprefix('torch.')}", tensor)
+    def add_narrow(key: str, tensor: Tensor) -> str:
+        return add_constant(f"{key}.{str(tensor.dtype).removeprefix('torch.')}", tensor)
 
-    def cast(stored: str, key: str, dtype: torch.dtype) -> None:
+    def add_cast(stored: str, key: str, dtype: torch.dtype) -> None:
         to = _onnx_type(onnx, dtype)
         nodes.append(onnx.helper.make_node("Cast", [stored], [key], to=to))
 
-    def widened(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    def add_widened(key: str, tensor: Tensor, dtype: torch.dtype) -> None:
         if tensor.dtype == dtype:
-            constant(key, tensor)
+            add_constant(key, tensor)
         else:
-            cast(narrow(key, tensor), key, dtype)
+            add_cast(add_narrow(key, tensor), key, dtype)
 
     filters, scales = join_name(name, "lego_filters"), join_name(name, "lego_scales")
-    widened(join_name(name, "index"), unit.index, torch.int64)
+    add_widened(join_name(name, "index"), unit.index, torch.int64)
     if unit.coefficients is not None:
-        widened(join_name(name, "coefficients"), unit.coefficients, torch.float32)
+        add_widened(join_name(name, "coefficients"), unit.coefficients, torch.float32)
     if unit.scales is None:
-        widened(filters, unit.filters, torch.float32)
+        add_widened(filters, unit.filters, torch.float32)
     elif form == "lego":
-        widened(scales, unit.scales, torch.float32)
-        inputs = [narrow(filters, unit.filters), scales]
+        add_widened(scales, unit.scales, torch.float32)
+        inputs = [add_narrow(filters, unit.filters), scales]
         nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [filters], axis=0))
     else:  # ONNX Runtime folds a product, but keeps DequantizeLinear for its int8 kernels
         column = unit.scales.reshape(-1, *[1] * (unit.filters.dim() - 1))
-        widened(scales, column, torch.float32)
-        cast(narrow(filters, unit.filters), f"{filters}.float32", torch.float32)
+        add_widened(scales, column, torch.float32)
+        add_cast(add_narrow(filters, unit.filters), f"{filters}.float32", torch.float32)
         inputs = [f"{filters}.float32", scales]
         nodes.append(onnx.helper.make_node("Mul", inputs, [filters]))
     for node in reversed(nodes):
         graph.node.insert(0, node)
     decoded = {join_name(name, leaf) for leaf in unit()}
-    kept = [value for value in graph.input if value.name not in decoded]
+    inputs = [value for value in graph.input if value.name not in decoded]
     del graph.input[:]
-    graph.input.extend(kept)
+    graph.input.extend(inputs)
 
 
 def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:
@@ -91,8 +91,8 @@ def strip_(proto: Any, reserved: set[str]) -> None:
                 dim.dim_param = "batch"
     if any(attribute.HasField("g") for node in graph.node for attribute in node.attribute):
         return
-    kept = {value.name for value in (*graph.input, *graph.output)} | {""}
-    short = _short_names({*kept, *reserved, *(tensor.name for tensor in graph.initializer)})
+    interface = {value.name for value in (*graph.input, *graph.output)} | {""}
+    short = _short_names({*interface, *reserved, *(tensor.name for tensor in graph.initializer)})
     renamed: dict[str, str] = {}
     for node in graph.node:
         node.name = ""
@@ -100,7 +100,7 @@ def strip_(proto: Any, reserved: set[str]) -> None:
             for position, name in enumerate(names):
                 names[position] = renamed.get(name, name)
         for position, name in enumerate(node.output):
-            if name not in kept:
+            if name not in interface:
                 renamed[name] = node.output[position] = next(short)
 
 

@@ -15,6 +15,7 @@ from legocompress.data.datasets import UNLABELLED
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.recipe import Distill, Recipe
 from legocompress.lego.module import lego_modules
+from legocompress.models.outputs import describe_output, find_logits, flatten_float_tensors
 
 
 class Criterion:
@@ -34,6 +35,8 @@ class Criterion:
     ) -> tuple[Tensor, Tensor]:
         """Compute the loss of a batch, and the logits (N, classes).
 
+        Of several outputs only the logits enter the loss. Auxiliary heads do not, as in timm.
+
         Args:
             runs: the module to call: the student itself, or a wrapper of it.
             student: the network itself.
@@ -45,19 +48,22 @@ class Criterion:
             UsageError: the original has another number of outputs.
         """
         with capture_outputs(student, self.layers) as features:
-            logits = runs(images)
+            output = runs(images)
+        logits = take_logits(output, len(images))
         check_labels(logits, targets, self.recipe.uses_labels)
+        # DistributedDataParallel waits for the gradients of all that the outputs depend on.
+        unused = 0.0 if runs is student else _sum_to_zero(output, logits)
         if self.distill is None or self.original is None:
-            return self._label_loss(logits, targets), logits
+            return self._label_loss(logits, targets) + unused, logits
         with torch.no_grad(), capture_outputs(self.original, self.layers) as original_features:
-            original_logits = self.original(images)
+            original_logits = take_logits(self.original(images), len(images))
         if original_logits.shape != logits.shape and self.distill.logits:
             raise UsageError(
                 f"the network has outputs {tuple(logits.shape)} and the original "
                 f"{tuple(original_logits.shape)}; distil features alone with "
                 "--set distill.logits=0"
             )
-        loss = logits.new_zeros((), dtype=torch.float32)
+        loss = logits.new_zeros((), dtype=torch.float32) + unused
         if self.distill.labels:
             loss = loss + self.distill.labels * self._label_loss(logits, targets)
         if self.distill.logits:
@@ -75,15 +81,33 @@ class Criterion:
         return F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
 
 
-def check_labels(logits: Tensor, targets: Tensor, reads_labels: bool) -> None:
-    """Check a network's outputs and, if the loss reads them, the labels (N,).
+def take_logits(output: Any, n_images: int) -> Tensor:
+    """Return the logits (N, classes) in a network's output; see `find_logits` which these are.
 
     Raises:
-        DataError: the outputs are not (N, classes), or a label is not among the classes.
+        DataError: no tensor of the output is surely the logits.
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        output = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the network's output is {output}; training needs (N, classes)")
+    logits = find_logits(output, n_images)
+    if logits is None:
+        raise DataError(
+            f"the network's output is {describe_output(output)}; training needs (N, classes): wrap "
+            "the network in a module that returns the logits alone"
+        )
+    return logits
+
+
+def _sum_to_zero(output: Any, logits: Tensor) -> Tensor | float:
+    """0 times the sum of the output's other tensors that have a gradient."""
+    others = (x for x in flatten_float_tensors(output) if x is not logits and x.requires_grad)
+    return sum((0.0 * x.float().sum() for x in others), start=0.0)
+
+
+def check_labels(logits: Tensor, targets: Tensor, reads_labels: bool) -> None:
+    """Check the labels (N,) against the logits (N, classes), if the loss reads them.
+
+    Raises:
+        DataError: a label is not among the classes.
+    """
     if reads_labels and targets.dim() == 1:
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= logits.shape[1]:

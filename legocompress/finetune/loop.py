@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from legocompress.data.images import Images
@@ -18,6 +20,7 @@ from legocompress.finetune.progress import Progress
 from legocompress.finetune.recipe import Recipe
 from legocompress.finetune.run_folder import BEST, LAST, RunFolder
 from legocompress.finetune.seeding import preserve_random_state
+from legocompress.finetune.targets import count_outputs
 from legocompress.finetune.trainer import Trainer
 from legocompress.lego.module import ModelT
 from legocompress.lego.surgery import freeze_indices_
@@ -76,6 +79,7 @@ def finetune_(
         check_network(original)
     processes = processes or Processes()
     device = next(model.parameters()).device
+    _check_outputs(model, original if recipe.distill is not None else None, validation, device)
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     folder, saved = _open_run(recipe, out, resume, force, args, processes)
     _record_recipe(model, recipe)
@@ -152,6 +156,18 @@ class _Run:
                     "trainer": self.trainer.state.to_dict(),
                 }
             )
+
+
+def _check_outputs(
+    model: nn.Module, original: nn.Module | None, validation: Images, device: torch.device
+) -> None:
+    """Raise DataError, before anything is changed, if a network has no logits (N, classes)."""
+    with preserve_random_state():
+        images = next((images for images, _ in validation.batches(1, 0)), None)
+        for network in (model, original):
+            if network is not None and images is not None:
+                with contextlib.suppress(RuntimeError):  # the first update explains it
+                    count_outputs(network, images.to(device))
 
 
 def _open_run(

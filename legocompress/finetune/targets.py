@@ -6,7 +6,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from legocompress.finetune.distill import check_labels
+from legocompress.finetune.distill import check_labels, take_logits
 from legocompress.finetune.recipe import Recipe
 from legocompress.models.probe import evaluating
 
@@ -26,7 +26,7 @@ class Targets:
             DataError: the outputs are not (N, classes), or a label is not among the classes.
         """
         if self.n_outputs is None:
-            self.n_outputs = _count_outputs(model, images, labels)
+            self.n_outputs = count_outputs(model, images)
             self.mixup = _create_mixup(self.recipe, self.n_outputs)
         if not self.recipe.uses_labels:
             return torch.zeros_like(labels)
@@ -40,11 +40,15 @@ class Targets:
         return self.mixup(images, targets)  # type: ignore[no-any-return]
 
 
-def _count_outputs(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+def count_outputs(model: nn.Module, images: Tensor) -> int:
+    """The number of classes of a network, from its output for the first image.
+
+    Raises:
+        DataError: no tensor of its output is surely the logits.
+    """
     with evaluating(model):
-        logits = model(images[:1])
-    check_labels(logits, labels, False)
-    return int(logits.shape[1])
+        output = model(images[:1])
+    return int(take_logits(output, 1).shape[1])
 
 
 def _create_mixup(recipe: Recipe, n_outputs: int) -> Mixup | None:

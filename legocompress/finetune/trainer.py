@@ -100,6 +100,7 @@ class Trainer:
                         on_step(progress)
                 if save is not None and saves:
                     state.average_norm_statistics()
+                    state.collect_sums()
                     save()
         state.average_norm_statistics()
         return progress

@@ -129,6 +129,15 @@ class TrainingState:
         check_finite(model, self.recipe, self.epoch)
         return freeze_(model.eval())
 
+    def collect_sums(self) -> None:
+        """Give the epoch's sums of all processes to the first one, which saves the state."""
+        if self.processes.size > 1:
+            total = self.processes.sum(*self.meter.sums.tolist())
+            self._set_sums(torch.tensor(total, dtype=torch.float64))
+
+    def _set_sums(self, total: torch.Tensor) -> None:
+        self.meter.sums = total if self.processes.first else torch.zeros_like(total)
+
     def to_dict(self) -> dict[str, Any]:
         """Collect the state as tensors and plain values.
 
@@ -168,4 +177,5 @@ class TrainingState:
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema"])
-        self.meter.sums, self.meter.start_indices = saved["sums"], saved["before"]
+        self._set_sums(saved["sums"])
+        self.meter.start_indices = saved["before"]

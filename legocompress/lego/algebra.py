@@ -52,6 +52,24 @@ def join_fragments(shape: UnitShape, rows: Tensor) -> Tensor:
     return filters[:, : shape.channels].contiguous()
 
 
+def transform(
+    shape: UnitShape,
+    lego_filters: Tensor,
+    x: Tensor,
+    stride: tuple[int, ...],
+    padding: str | tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """Convolve every split of (N, c, H, W) with all Lego filters: (N*g*o, m', H', W')."""
+    height, width = x.shape[2], x.shape[3]
+    missing = shape.n_split * shape.width - shape.channels
+    if missing:
+        x = x.reshape(-1, shape.channels, height, width)
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))
+    parts = x.reshape(-1, shape.width, height, width)
+    return F.conv2d(parts, lego_filters, None, stride, padding, dilation)
+
+
 def split_transform_merge(
     shape: UnitShape,
     unit: LegoUnit,
@@ -76,13 +94,7 @@ def split_transform_merge(
         padding: of the conv, zeros; also 'same' and 'valid'.
         dilation: of the conv.
     """
-    height, width = x.shape[2], x.shape[3]
-    missing = shape.n_split * shape.width - shape.channels
-    if missing:
-        x = x.reshape(-1, shape.channels, height, width)
-        x = F.pad(x, (0, 0, 0, 0, 0, missing))
-    parts = x.reshape(-1, shape.width, height, width)
-    z = F.conv2d(parts, unit.lego_filters, None, stride, padding, dilation)
+    z = transform(shape, unit.lego_filters, x, stride, padding, dilation)
     n_parts = shape.groups * shape.n_split
     z = z.reshape(-1, n_parts * shape.n_lego, z.shape[2], z.shape[3])
     rows = slot_rows(shape, unit.index)
@@ -115,22 +127,14 @@ def build_slot_table(shape: UnitShape, unit: LegoUnit, batch: int) -> tuple[Tens
 
 
 def merge_by_table(
-    shape: UnitShape,
-    x: Tensor,
-    lego_filters: Tensor,
-    bags: Tensor,
-    gains: Tensor | None,
-    bias: Tensor | None,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
+    shape: UnitShape, z: Tensor, table: tuple[Tensor, Tensor | None], bias: Tensor | None
 ) -> Tensor:
-    """Compute `split_transform_merge` with one embedding_bag as the merge."""
-    missing = shape.n_split * shape.width - shape.channels
-    if missing:
-        x = F.pad(x.reshape(-1, shape.channels, *x.shape[2:]), (0, 0, 0, 0, 0, missing))
-    parts = x.reshape(-1, shape.width, *x.shape[2:])
-    z = F.conv2d(parts, lego_filters, None, stride, padding, dilation).contiguous()
+    """Sum the map of `transform` into the outputs (N, n, H', W') with one embedding_bag.
+
+    `table` is what `build_slot_table` returns.
+    """
+    bags, gains = table
+    z = z.contiguous()
     y = F.embedding_bag(
         bags, z.reshape(-1, z.shape[2] * z.shape[3]), mode="sum", per_sample_weights=gains
     )

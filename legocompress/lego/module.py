@@ -16,6 +16,13 @@ from legocompress.lego.plain import has_replaced_method, is_plain_class, is_plai
 from legocompress.lego.proxy import assemble_through, choose_terms, start_proxy
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.unit import LegoUnit
+from legocompress.lego.watch import (
+    WeightWatch,
+    can_watch,
+    is_running_own_code,
+    is_traced,
+    running_own_code,
+)
 from legocompress.spec import FilterDtype, StorageDtype
 
 Route = Literal["assemble", "reference"]
@@ -42,6 +49,7 @@ class LegoModule(nn.Module):
     bias: nn.Parameter | None
     _route: Route
     _channels_last: bool
+    _watch: WeightWatch | None
 
     @property
     def lego_unit(self) -> LegoUnit:
@@ -50,9 +58,20 @@ class LegoModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, in the layout of the replaced class; read-only."""
-        if self.frozen_weight is not None:
-            return self.frozen_weight
+        """The dense weight, in the layout of the replaced class; read-only.
+
+        Raises:
+            DenseOnlyError: the weight that an earlier read gave was changed in place.
+        """
+        if is_traced():
+            return self._assemble() if self.frozen_weight is None else self.frozen_weight
+        self.refuse_lost_write()
+        weight = self._assemble() if self.frozen_weight is None else self.frozen_weight
+        if can_watch(weight) and not is_running_own_code():
+            self._watch = WeightWatch(weight, is_cached=weight is self.frozen_weight)
+        return weight
+
+    def _assemble(self) -> Tensor:
         self.synchronise_index()
         if self.proxy is None:
             filters = assemble(self.lego_shape, self.lego_unit)
@@ -63,6 +82,23 @@ class LegoModule(nn.Module):
         if self._channels_last:
             return filters.contiguous(memory_format=torch.channels_last)
         return filters
+
+    @property
+    def watch(self) -> WeightWatch | None:
+        """Watches the weight that was read last; None if none was, or if it is not cached now."""
+        watch = self.__dict__.get("_watch")
+        return watch if watch is not None and watch.is_of(self.frozen_weight) else None
+
+    def refuse_lost_write(self) -> None:
+        """Raise DenseOnlyError, once, if somebody wrote to the assembled weight."""
+        watch = self.watch
+        if watch is not None and watch.is_written():
+            self._watch = self.frozen_weight = None
+            raise DenseOnlyError(
+                f"the weight of this {type(self).__name__} was changed in place. It is assembled "
+                "from Lego filters, so the change is lost; call legocompress.to_dense(model) "
+                "first, or change lego_filters"
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -91,9 +127,14 @@ class LegoModule(nn.Module):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Run the layer by its route."""
-        if self._route == "assemble":
+        if self._route == "reference":
+            if not is_traced():
+                self.refuse_lost_write()
+            return self._reference(input)
+        if is_traced():
             return super().forward(input, *args, **kwargs)  # type: ignore[misc,no-any-return]
-        return self._reference(input)
+        with running_own_code():
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc,no-any-return]
 
     def _reference(self, x: Tensor) -> Tensor:
         if isinstance(self, nn.Linear):
@@ -153,17 +194,20 @@ class LegoModule(nn.Module):
 
     def freeze(self) -> None:
         """Assemble the weight once and cache it; `train()` and loading a state drop the cache."""
-        self.frozen_weight = None
-        self.frozen_weight = self.weight.detach()
+        self.refuse_lost_write()
+        self._watch = None
+        self.frozen_weight = self._assemble().detach()
 
     def train(self, mode: bool = True) -> LegoModule:
         """Set the training flag; training drops a cached weight, so that the filters can learn."""
-        if mode:
-            self.frozen_weight = None
+        if mode and self.frozen_weight is not None:
+            self.refuse_lost_write()
+            self.frozen_weight = self._watch = None
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LegoModule:
+        self.refuse_lost_write()
         frozen, self.frozen_weight = self.frozen_weight is not None, None
         # Filters of one channel look the same in both layouts, so ask `fn` with a sample.
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
@@ -183,7 +227,7 @@ class LegoModule(nn.Module):
         return _blank, (replaced_class(self),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+        return {**self.__dict__, "_watch": None}  # a copy has counters of its own
 
     def __prepare_scriptable__(self) -> None:
         """Refuse `torch.jit.script`, which calls this before it compiles the module.

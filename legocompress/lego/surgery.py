@@ -67,6 +67,7 @@ def become_lego_(
     module.coefficients_dtype = coefficients_dtype
     module.weight_error = None
     module._route = "assemble"
+    module._watch = None
     return module
 
 

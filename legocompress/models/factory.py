@@ -85,13 +85,15 @@ def create(
     """
     source, cfg = resolve(name)
     args = {"num_classes": num_classes, "in_chans": in_chans, **(model_args or {})}
-    given = {key: value for key, value in args.items() if value is not None}
-    source = replace(source, model_args={**source.model_args, **given})
+    chosen_args = {key: value for key, value in args.items() if value is not None}
+    source = replace(source, model_args={**source.model_args, **chosen_args})
     fetch = pretrained and weights is None
     _check_args(source)
     for what, least in (("num_classes", 0), ("in_chans", 1)):
-        if given.get(what, least) < least:
-            raise UsageError(f"{what}={given[what]} cannot be used; it must be at least {least}")
+        if chosen_args.get(what, least) < least:
+            raise UsageError(
+                f"{what}={chosen_args[what]} cannot be used; it must be at least {least}"
+            )
     check_preprocessing(preprocess or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -38,11 +38,11 @@ def fit_preprocessing(
     if "input_size" in changes:
         fitted["input_size"] = size if len(size) == 3 else (channels, *size)
     for key in {"mean", "std"} & changes.keys():
-        given = tuple(changes[key])
-        fitted[key] = given * channels if len(given) == 1 else given
+        values = tuple(changes[key])
+        fitted[key] = values * channels if len(values) == 1 else values
         if len(fitted[key]) != channels:
             raise UsageError(
-                f"{key} (--{key}) has {len(given)} values; give one, or one for each of the "
+                f"{key} (--{key}) has {len(values)} values; give one, or one for each of the "
                 f"{channels} channels"
             )
     return fitted
@@ -56,10 +56,10 @@ def check_preprocessing(changes: dict[str, Any]) -> None:
             f"unknown preprocessing {', '.join(sorted(unknown))}; "
             f"allowed are {', '.join(PREPROCESSING)}"
         )
-    known = sorted(mode.value for mode in InterpolationMode)
-    if changes.get("interpolation", "bilinear") not in (*known, "random"):
+    modes = sorted(mode.value for mode in InterpolationMode)
+    if changes.get("interpolation", "bilinear") not in (*modes, "random"):
         raise UsageError(
-            f"interpolation={changes['interpolation']!r}; allowed are {', '.join(known)}"
+            f"interpolation={changes['interpolation']!r}; allowed are {', '.join(modes)}"
         )
 
 

@@ -98,8 +98,8 @@ def probe_call(model: nn.Module, example_input: Any = None) -> Probe:
     faults = []
     for args in _default_arguments(model, image):
         try:
-            seen = args[0] if isinstance(args[0], Tensor) else image
-            return Probe(_run(model, Arguments(args)), Arguments(args), tuple(seen.shape))
+            first = args[0] if isinstance(args[0], Tensor) else image
+            return Probe(_run(model, Arguments(args)), Arguments(args), tuple(first.shape))
         # A network may refuse an input with any exception; then the next input is tried.
         except Exception as error:
             faults.append(f"{type(error).__name__}: {error}".splitlines()[0][:200])
@@ -148,9 +148,9 @@ def _run(model: nn.Module, arguments: Arguments) -> dict[nn.Module, Calls]:
         if not inputs:
             return
         sees_image = any(inputs[0] is value for value in values)
-        seen = calls.setdefault(layer, Calls(len(calls), 0, sees_image))
-        seen.pixels += _positions(layer, inputs[0], output)
-        seen.sees_image |= sees_image
+        layer_calls = calls.setdefault(layer, Calls(len(calls), 0, sees_image))
+        layer_calls.pixels += _positions(layer, inputs[0], output)
+        layer_calls.sees_image |= sees_image
 
     hooks = [
         module.register_forward_hook(record)

@@ -59,15 +59,15 @@ def load_weights_(model: nn.Module, path: Path) -> nn.Module:
             f"weights file {str(path)!r} is not a state dict, which maps names to tensors, and "
             f"holds none; it holds {describe_content(content)}"
         )
-    own = model.state_dict()
-    fits = [(state, _find_fit(own, state.tensors)) for state in states]
+    model_state = model.state_dict()
+    fits = [(state, _find_fit(model_state, state.tensors)) for state in states]
     whole = [(state, fit) for state, fit in fits if fit.is_whole]
     if not whole:
         raise WeightsError(_explain_misfits(model, path, content, fits))
     state, fit = _choose(whole, path)
     if state.keys or fit.prefix:
         logging.getLogger("legocompress").warning(_describe_choice(path, state, fit, whole))
-    _assign_(model, own, fit)
+    _assign_(model, model_state, fit)
     return model
 
 
@@ -77,20 +77,20 @@ def load_state_(model: nn.Module, state: dict[str, Tensor], origin: str) -> None
     Raises:
         WeightsError: a tensor is missing, unknown or of another shape.
     """
-    own = model.state_dict()
-    fit = _fit(own, state, "")
+    model_state = model.state_dict()
+    fit = _fit(model_state, state, "")
     if not fit.is_whole:
         raise WeightsError(_explain_misfit(model, origin, fit))
-    _assign_(model, own, fit)
+    _assign_(model, model_state, fit)
 
 
-def _assign_(model: nn.Module, own: dict[str, Tensor], fit: Fit) -> None:
+def _assign_(model: nn.Module, model_state: dict[str, Tensor], fit: Fit) -> None:
     # Update the state of the model, since MnasNet needs its version metadata.
-    own.update(fit.tensors)
-    model.load_state_dict(own)
+    model_state.update(fit.tensors)
+    model.load_state_dict(model_state)
 
 
-def _find_fit(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> Fit:
+def _find_fit(model_state: dict[str, Tensor], tensors: dict[str, Tensor]) -> Fit:
     """The best fit over all prefixes that end in a dot and that all names have in common."""
     names = [name.split(".") for name in tensors if not _is_counter(name)]
     prefixes = [""]
@@ -99,7 +99,7 @@ def _find_fit(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> Fit:
         if len(set(parts)) > 1:
             break
         prefixes.append(f"{prefixes[-1]}{parts[0]}.")
-    fits = [_fit(own, tensors, prefix) for prefix in prefixes]
+    fits = [_fit(model_state, tensors, prefix) for prefix in prefixes]
     return max(fits, key=lambda fit: (fit.is_whole, fit.n_fitting))
 
 
@@ -107,22 +107,22 @@ def _is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in COUNTERS
 
 
-def _fit(own: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str) -> Fit:
+def _fit(model_state: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str) -> Fit:
     """Compare names without `prefix`, and shapes, with those of the network."""
     stripped = {name.removeprefix(prefix): value.detach() for name, value in tensors.items()}
-    renamed = {k: v for k, v in stripped.items() if k in own or not _is_counter(k)}
+    renamed = {k: v for k, v in stripped.items() if k in model_state or not _is_counter(k)}
     # Linear layers that are built as 1x1 convs (ConvNeXt) have the same values in another shape.
     fitted = {
-        key: value.reshape(own[key].shape)
-        if key in own and (*value.shape, 1, 1) == tuple(own[key].shape)
+        key: value.reshape(model_state[key].shape)
+        if key in model_state and (*value.shape, 1, 1) == tuple(model_state[key].shape)
         else value
         for key, value in renamed.items()
     }
-    missing = [k for k in own if k not in fitted and not k.endswith("num_batches_tracked")]
-    unknown = [k for k in fitted if k not in own]
-    shapes = [k for k in own if k in fitted and own[k].shape != fitted[k].shape]
+    missing = [k for k in model_state if k not in fitted and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in fitted if k not in model_state]
+    shapes = [k for k in model_state if k in fitted and model_state[k].shape != fitted[k].shape]
     faults = "; ".join(
-        f"{len(keys)} {what} (such as {_example(keys[0], own, fitted)})"
+        f"{len(keys)} {what} (such as {_example(keys[0], model_state, fitted)})"
         for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
         if keys
     )
@@ -130,9 +130,9 @@ def _fit(own: dict[str, Tensor], tensors: dict[str, Tensor], prefix: str) -> Fit
     return Fit(prefix, fitted, n_fitting, faults)
 
 
-def _example(key: str, own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
-    if key in own and key in state:
-        return f"{key}: {tuple(state[key].shape)} given, {tuple(own[key].shape)} expected"
+def _example(key: str, model_state: dict[str, Tensor], state: dict[str, Tensor]) -> str:
+    if key in model_state and key in state:
+        return f"{key}: {tuple(state[key].shape)} given, {tuple(model_state[key].shape)} expected"
     return key
 
 

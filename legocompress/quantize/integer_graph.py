@@ -259,7 +259,7 @@ def is_size(node: fx.Node) -> bool:
 
 def _is_nearest(node: fx.Node) -> bool:
     mode = node.args[3] if len(node.args) > 3 else node.kwargs.get("mode", "nearest")
-    return node.target is F.interpolate and mode == "nearest"
+    return bool(node.target is F.interpolate and mode == "nearest")
 
 
 def _is_mean(node: fx.Node) -> bool:

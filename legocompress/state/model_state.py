@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import fx, nn
 
 from legocompress.state.calibration import Calibration
 from legocompress.state.conversion import ConversionRecord
@@ -13,6 +13,8 @@ from legocompress.state.quantization import Quantization
 from legocompress.state.source import Source
 
 NAME = "lego_state"
+# A copy of a GraphModule keeps only the attributes that this entry of its `meta` holds.
+PRESERVED = "_user_preserved_attributes"
 
 
 @dataclass
@@ -44,4 +46,6 @@ def lego_state(model: nn.Module) -> LegoState:
     state = model.__dict__.get(NAME)
     if not isinstance(state, LegoState):
         state = model.__dict__[NAME] = LegoState()
+    if isinstance(model, fx.GraphModule):
+        model.meta.setdefault(PRESERVED, {})[NAME] = state
     return state

@@ -36,7 +36,8 @@ def test_the_last_quarter_of_the_steps_sees_images_as_they_are() -> None:
     student, images = converted(original), torch.randn(8, 3, 12, 12)
     seen: list[Tensor] = []
     original.stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    joint.tune_(student, original, images, lego_values(student), [], 4, 4, 0, 1e-3, {})
+    values = lego_values(student)
+    joint.tune_(joint.JointTuning(student, original, images, values, [], {}, 4, 0), 4, 1e-3)
     known = {image.numpy().tobytes() for image in images}
     plain = [all(image.contiguous().numpy().tobytes() in known for image in x) for x in seen]
     assert plain == [False] * 6 + [True] * 2
@@ -51,7 +52,7 @@ def test_tuning_leaves_layouts_as_they_were(layout: torch.memory_format) -> None
     values, images = lego_values(student), torch.randn(16, 3, 12, 12)
     before = joint.output_error(student, original, [images])
     bases = input_bases(student, [layer for _, layer in lego.lego_modules(student)], images)
-    joint.tune_(student, original, images, values, [], 6, 8, 0, 4e-3, bases)
+    joint.tune_(joint.JointTuning(student, original, images, values, [], bases, 8, 0), 6, 4e-3)
     assert joint.output_error(student, original, [images]) < before
     assert [p.stride() for n in (student, original) for p in n.parameters()] == strides
 

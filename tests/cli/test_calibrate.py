@@ -87,6 +87,15 @@ def test_labelled_images_of_three_of_ten_classes(
         assert accuracy["original"] > 60
 
 
+def test_options_of_a_calibration_need_one(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for option, value in {"--labelled": PHOTOS, "-b": 8, "--images": 20}.items():
+        name = {"-b": "--batch-size"}.get(option, option)
+        ran = run("convert", DENSE, "--out", out, option, value)
+        check_error(ran, 2, f"{name} is an option of the calibration", "add --calibrate DATA")
+    assert not out.exists()
+
+
 def test_a_class_map_is_needed_for_three_of_ten_classes(
     run: Run, tmp_path: Path, compressed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

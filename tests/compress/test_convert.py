@@ -10,73 +10,20 @@ import pytest
 import timm
 import torch
 from timm.utils import reparameterize_model
-from torch import Tensor, nn
+from torch import nn
 
 from legocompress.compress.convert import convert_, summarise_reasons
-from legocompress.compress.factorize import relative_error
 from legocompress.compress.plan_types import LayerPlan
 from legocompress.compress.planning import plan
 from legocompress.errors import ConversionError, DenseOnlyError, PlanError
-from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, lego_modules
-from legocompress.lego.storage import round_to_storage
 from legocompress.lego.surgery import to_dense_
 from legocompress.models.factory import create
 from legocompress.spec import LegoSpec
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
-
-IMAGE = torch.zeros(1, 3, 12, 12)
-NAMES = ["3", "6", "7", "10"]
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Give norms random parameters and statistics: ones and zeros would hide wrong weights."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
-
-
-def small_cnn() -> nn.Sequential:
-    """Strided, grouped, dilated and 1x1 convs; `o` = 4 divides not all of their channels."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(12),
-        nn.ReLU(),
-        nn.Conv2d(12, 20, 3, padding=1, groups=2),
-        nn.Conv2d(20, 10, (3, 1), padding="same", dilation=2, padding_mode="reflect"),
-        nn.BatchNorm2d(10),
-        nn.ReLU(),
-        nn.Conv2d(10, 16, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 5),
-    )
-    randomised(model)
-    return model
-
-
-def converted(model: nn.Module, seed: int = 0, image: Any = IMAGE, **settings: Any) -> nn.Module:
-    return convert_(model, plan(model, LegoSpec(**settings), image), seed)
-
-
-def lego(model: nn.Module, name: str) -> Any:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, LegoModule)
-    return layer
-
-
-def same_bytes(a: nn.Module, b: nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
+from tests.support.small_cnn import IMAGE, NAMES, converted, lego, randomised, same_bytes, small_cnn
 
 
 @pytest.mark.parametrize("coefficients", [True, False])
@@ -317,29 +264,6 @@ def test_a_plan_is_not_carried_out_on_a_lazy_layer() -> None:
     assert list(lego_modules(model)) == []
 
 
-class Spectral(nn.Module):
-    """Two real convs, then a complex one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3)
-        self.body = nn.Conv2d(8, 16, 3)
-        self.waves = nn.Conv2d(16, 16, 3, dtype=torch.complex64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.waves(self.body(self.stem(x)).to(torch.complex64)).abs()
-
-
-def test_a_complex_layer_stays_dense_and_the_others_convert() -> None:
-    model = Spectral()
-    made = plan(model, LegoSpec(), IMAGE)
-    assert made.skipped["waves"] == "complex weights are not supported"
-    convert_(model, made)
-    assert [name for name, _ in lego_modules(model)] == ["body"]
-    dense = to_dense_(copy.deepcopy(model))
-    assert torch.equal(model(IMAGE + 1), dense(IMAGE + 1))
-
-
 def test_a_layer_that_became_complex_after_the_plan_stops_it_before_anything_changes() -> None:
     model = small_cnn()
     made = plan(model, LegoSpec(), IMAGE)
@@ -351,36 +275,6 @@ def test_a_layer_that_became_complex_after_the_plan_stops_it_before_anything_cha
             convert_(model, made)
 
     changed_nothing(model, act)
-
-
-class Tagged(Tensor):
-    """A tensor subclass, as quantised weights are."""
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda weight: weight.to(torch.int8), "int8 weights are not supported"),
-        (
-            lambda weight: weight.to(torch.float8_e4m3fn),
-            "float8_e4m3fn weights are not supported",
-        ),
-        (lambda weight: weight.to_sparse(), "sparse_coo weights are not supported"),
-        (
-            lambda weight: weight.as_subclass(Tagged),
-            "its weight is a Tagged, not a plain parameter",
-        ),
-    ],
-    ids=["int8", "float8", "sparse", "subclass"],
-)
-def test_weights_of_other_kinds_stay_dense(change: Callable[[Tensor], Tensor], reason: str) -> None:
-    model = small_cnn()
-    model[6].weight = nn.Parameter(change(model[6].weight.detach()), requires_grad=False)
-    model.forward = lambda x: x  # type: ignore[method-assign, assignment]  # it could not run
-    made = plan(model, LegoSpec(), IMAGE)
-    assert made.skipped["6"] == reason
-    convert_(model, made)
-    assert [name for name, _ in lego_modules(model)] == ["3", "7", "10"]
 
 
 @pytest.mark.parametrize(
@@ -407,29 +301,6 @@ def test_layers_of_other_dtypes_compute_what_their_assembled_weight_says(
         torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_values_are_rounded_to_what_is_stored(name: str, dtype: torch.dtype) -> None:
-    model = small_cnn()
-    converted(model, m=0.5, o=2, k=2, dtype=name, coefficients_dtype="bf16")
-    for _, module in lego_modules(model):
-        values, gains = module.lego_filters, module.coefficients
-        assert gains is not None
-        assert values.dtype == gains.dtype == torch.float32
-        assert torch.equal(values.to(dtype).float(), values)
-        assert torch.equal(gains.bfloat16().float(), gains)
-        assert (module.storage_dtype, module.coefficients_dtype) == (name, "bf16")
-        assert module.weight_error is not None
-        assert 0 < module.weight_error < 1
-
-
-def test_coefficients_are_rounded_to_fp16_and_filters_kept_by_default() -> None:
-    model = small_cnn()
-    converted(model, m=0.5, o=2)
-    layer = lego(model, "6")
-    assert torch.equal(layer.coefficients.half().float(), layer.coefficients)
-    assert not torch.equal(layer.lego_filters.half().float(), layer.lego_filters)
-
-
 def test_a_rule_changes_the_dtype_of_one_layer() -> None:
     model = small_cnn()
     converted(model, rules=["6:dtype=fp16,coefficients=false"])
@@ -437,58 +308,6 @@ def test_a_rule_changes_the_dtype_of_one_layer() -> None:
     assert lego(model, "6").coefficients is None
     assert lego(model, "3").storage_dtype == "fp32"
     assert lego(model, "3").coefficients is not None
-
-
-def test_the_noted_error_is_that_of_the_assembled_weight() -> None:
-    model = small_cnn()
-    dense = copy.deepcopy(model)
-    converted(model, m=0.5, o=4, dtype="bf16")
-    for name, module in lego_modules(model):
-        exact = dense.get_submodule(name).weight.detach().double()
-        shape = module.lego_shape
-        weight = assemble(shape, module.lego_unit)
-        expected = float(((weight - exact).norm() / exact.norm()).detach())
-        assert module.weight_error == pytest.approx(expected, rel=1e-4)
-        assert 0 < expected < 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("coefficients", [True, False])
-@pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e15, 1e25])
-def test_weights_of_extreme_scale_are_served_as_well_as_others(
-    scale: float, k: int, coefficients: bool
-) -> None:
-    def errors(factor: float) -> dict[str, float]:
-        torch.manual_seed(1)
-        model = small_cnn()
-        with torch.no_grad():
-            for name in NAMES:
-                model.get_submodule(name).weight.mul_(factor)
-        dense = copy.deepcopy(model)
-        converted(model, m=0.5, o=2, k=k, coefficients=coefficients)
-        found = {}
-        for name, module in lego_modules(model):
-            exact = dense.get_submodule(name).weight.detach().double()
-            difference = module.weight.detach().double() - exact
-            found[name] = float(difference.norm() / exact.norm())
-            assert all(bool(p.isfinite().all()) for p in module.parameters())
-            assert module.weight_error == pytest.approx(found[name], rel=1e-3)
-        return found
-
-    usual = errors(1.0)
-    for name, error in errors(scale).items():
-        assert 0 < error < 1.1 * usual[name] + 1e-3
-
-
-def test_weights_of_zero_stay_zero() -> None:
-    model = small_cnn()
-    nn.init.zeros_(model[6].weight)
-    converted(model, m=0.5, o=2, k=2)
-    layer = lego(model, "6")
-    assert torch.equal(layer.weight, torch.zeros(20, 6, 3, 3))
-    assert layer.weight_error == 0
-    assert all(bool(p.isfinite().all()) for p in layer.parameters())
 
 
 @pytest.mark.slow
@@ -503,24 +322,6 @@ def test_networks_of_other_dtypes_keep_theirs(dtype: torch.dtype, storage: str) 
         assert {p.dtype for p in module.parameters()} == {dtype}
         exact = dense.get_submodule(name).weight.detach().double()
         assert (module.weight.double() - exact).norm() < 0.9 * exact.norm()
-
-
-def total_error(model: nn.Module, **settings: Any) -> float:
-    copied = converted(copy.deepcopy(model), **settings)
-    return sum(module.weight_error or 0.0 for _, module in lego_modules(copied))
-
-
-def test_the_error_falls_as_there_are_more_filters_or_terms() -> None:
-    model = small_cnn()
-    by_m = [total_error(model, m=m, o=2) for m in (0.25, 0.5, 1.0)]
-    by_k = [total_error(model, m=0.5, o=2, k=k, allow_expansion=True) for k in (1, 2, 4)]
-    assert by_m[0] > 1.1 * by_m[1] > 1.1 * 1.1 * by_m[2] > 0
-    assert by_k[0] > 1.1 * by_k[1] > 1.1 * 1.1 * by_k[2] > 0
-
-
-def test_coefficients_lower_the_error() -> None:
-    model = small_cnn()
-    assert total_error(model, coefficients=True) < 0.95 * total_error(model, coefficients=False)
 
 
 def test_each_layer_is_told_once_in_order() -> None:
@@ -580,37 +381,3 @@ def test_one_training_step_moves_every_filter_and_coefficient() -> None:
         assert not torch.equal(module.lego_filters, before[f"{name}.lego_filters"])
         assert torch.equal(module.index, before[f"{name}.index"])
     assert nn.functional.cross_entropy(model(x), target) < loss
-
-
-def test_rounding_keeps_what_is_finite_finite() -> None:
-    values = torch.tensor([1e9, -1e9, 1 / 3, 0.0, 65504.0])
-    for memory in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        for size in (1e-3, 1, 1e3):
-            wide = (torch.randn(500, 9, dtype=torch.float64) * size).to(memory)
-            once = round_to_storage(wide, "int8")
-            assert torch.equal(round_to_storage(once, "int8"), once)
-            step = wide.abs().amax(1, keepdim=True) / 127
-            assert bool(((once - wide).abs() <= 1.3 * step).all())
-        widest = torch.full((2, 3), torch.finfo(memory).max, dtype=memory)
-        assert bool(round_to_storage(widest, "int8").isfinite().all())
-        assert torch.equal(round_to_storage(0 * widest, "int8"), 0 * widest)
-    half = round_to_storage(values, "fp16")
-    assert half.tolist() == [65504.0, -65504.0, float(torch.tensor(1 / 3).half()), 0.0, 65504.0]
-    assert half.dtype == torch.float32
-    largest = torch.finfo(torch.float32).max
-    assert bool(round_to_storage(torch.tensor([largest, -largest]), "bf16").isfinite().all())
-    assert torch.equal(round_to_storage(values, "fp32"), values)
-
-
-def test_relative_error_by_hand() -> None:
-    exact = torch.tensor([3.0, 4.0])
-    assert relative_error(exact, torch.tensor([3.0, 4.5])) == pytest.approx(0.1)
-    assert relative_error(exact, exact) == 0
-    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
-    assert relative_error(exact, torch.zeros(2)) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_relative_error_does_not_depend_on_scale(scale: float) -> None:
-    exact: Tensor = torch.tensor([3.0, 4.0]) * scale
-    assert relative_error(exact, torch.tensor([3.0, 4.5]) * scale) == pytest.approx(0.1, rel=1e-4)

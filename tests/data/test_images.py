@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle  # a hostile file, and the format of CIFAR-10
 import random
 import subprocess
@@ -13,48 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor, nn
 
 import legocompress as lego
 from legocompress.data.datasets import UNLABELLED
-from legocompress.data.images import Images
 from legocompress.errors import DataError, LegoError
-
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-def model(**cfg: Any) -> nn.Module:
-    """Something that carries a preprocessing configuration."""
-    network: Any = nn.Sequential(nn.Conv2d(3, 4, 1))
-    network.pretrained_cfg = {
-        "input_size": (3, 8, 8),
-        "mean": MEAN,
-        "std": STD,
-        "crop_pct": 1.0,
-        "interpolation": "bilinear",
-        **cfg,
-    }
-    return network  # type: ignore[no-any-return]
-
-
-def grey() -> nn.Module:
-    return model(input_size=(1, 8, 8), mean=(0.5,), std=(0.25,))
-
-
-def paint(path: Path, colour: tuple[int, int, int], size: int = 8) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (size, size), colour).save(path)
-    return path
-
-
-def tensors(images: Images, batch_size: int = 2, workers: int = 0) -> tuple[Tensor, list[int]]:
-    batches = list(images.batches(batch_size, workers))
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]).tolist()
-
-
-def normalised(colour: tuple[int, ...]) -> Tensor:
-    return (torch.tensor(colour) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+from tests.support.images import EIGHT, MEAN, STD, grey, model, normalised, npz, paint, tensors
 
 
 @pytest.fixture
@@ -154,48 +116,6 @@ def test_grey_networks_see_grey(tmp_path: Path) -> None:
     torch.testing.assert_close(x, torch.full_like(x, (76 / 255 - 0.5) / 0.25))
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16", "CMYK"])
-def test_every_kind_of_image_becomes_colour(tmp_path: Path, mode: str) -> None:
-    source = Image.new("L", (8, 8), 255)
-    suffix = "jpg" if mode == "CMYK" else "png"
-    if mode == "I;16":
-        source = Image.fromarray(np.full((8, 8), 65535, np.uint16))
-    else:
-        source = source.convert("RGB").convert(mode)
-    (tmp_path / "i").mkdir()
-    source.save(tmp_path / "i" / f"x.{suffix}")
-    x, _ = tensors(lego.open_images(str(tmp_path / "i"), model()))
-    torch.testing.assert_close(x, normalised((255, 255, 255)).reshape(1, 3, 1, 1).expand_as(x))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_of_floating_point_is_refused_by_name(tmp_path: Path, workers: int) -> None:
-    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "x.tif")
-    images = lego.open_images(str(tmp_path), model())
-    with pytest.raises(DataError, match=r"^image '.*x.tif' has mode F .*; save it with 8 or 16"):
-        tensors(images, 1, workers)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_transparent_images_are_logged_once(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
-) -> None:
-    for number in range(4):
-        Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / f"{number}.png")
-    images = lego.open_images(str(tmp_path), model())
-    handler = logging.StreamHandler()
-    logging.getLogger("legocompress").addHandler(handler)
-    try:
-        for _ in range(2):
-            # One batch: readers that start together may both log.
-            x, _ = tensors(images, 4, workers)
-    finally:
-        logging.getLogger("legocompress").removeHandler(handler)
-    torch.testing.assert_close(x[0], normalised((255,) * 3).reshape(3, 1, 1).expand(3, 8, 8))
-    assert capfd.readouterr().err.count("have transparent pixels, which are blended") == 1
-
-
 def test_a_tilde_is_the_home_folder(
     classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,20 +127,6 @@ def test_a_tilde_is_the_home_folder(
     assert named.size == 4
 
 
-def test_a_named_folder_of_16_bits(tmp_path: Path) -> None:
-    """torchvision's own loader would clip them to white."""
-    (tmp_path / "a").mkdir()
-    Image.fromarray(np.full((8, 8), 51 * 257, np.uint16)).save(tmp_path / "a" / "x.png")
-    named = lego.open_images("torch/image_folder", model(), data_dir=str(tmp_path))
-    x, labels = tensors(named)
-    torch.testing.assert_close(x, normalised((51, 51, 51)).reshape(1, 3, 1, 1).expand_as(x))
-    assert labels == [0]
-    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "a" / "x.tif")
-    named = lego.open_images("torch/image_folder", model(), data_dir=str(tmp_path))
-    with pytest.raises(DataError, match=r"image 1 \(.*x.tif\) of data set 'torch/.*' has mode F"):
-        tensors(named)
-
-
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty" / "sub").mkdir(parents=True)
     (tmp_path / "empty" / "notes.txt").write_text("x")
@@ -228,57 +134,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
         lego.open_images(str(tmp_path / "empty"), model())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named(tmp_path: Path, workers: int) -> None:
-    good = paint(tmp_path / "i" / "a.png", (1, 2, 3), size=64)
-    raw = good.read_bytes()
-    (tmp_path / "i" / "broken.png").write_bytes(raw[: len(raw) // 2])
-    images = lego.open_images(str(tmp_path / "i"), model())
-    with pytest.raises(DataError, match=r"broken.png' cannot be read.*remove or repair") as caught:
-        tensors(images, 1, workers)
-    assert "\n" not in str(caught.value)
-    assert "Traceback" not in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_damaged_images_end_in_a_data_error_or_an_image(tmp_path: Path, suffix: str) -> None:
-    generator = random.Random(0)
-    place = tmp_path / "i"
-    place.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8)
-    Image.fromarray(pixels).save(place / f"x.{suffix}")
-    raw = (place / f"x.{suffix}").read_bytes()
-    images = lego.open_images(str(place), model())
-    failures = 0
-    for _ in range(80):
-        damaged = bytearray(raw[: generator.choice([len(raw), generator.randrange(len(raw))])])
-        for _ in range(3):
-            if damaged:
-                limit = min(len(damaged), generator.choice([60, len(damaged)]))
-                damaged[generator.randrange(limit)] = generator.randrange(256)
-        (place / f"x.{suffix}").write_bytes(bytes(damaged))
-        try:
-            x, _ = images.dataset[0]
-            assert x.shape == (3, 8, 8)
-        except DataError as error:
-            assert f"x.{suffix}" in str(error)  # noqa: PT017
-            failures += 1
-    assert failures > 5
-
-
-def test_a_picture_that_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paint(tmp_path / "i" / "big.png", (0, 0, 0), size=64)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    with pytest.raises(DataError, match=r"big.png"):
-        tensors(lego.open_images(str(tmp_path / "i"), model()))
-
-
 # Arrays
-
-
-def npz(tmp_path: Path, **arrays: Any) -> str:
-    np.savez(tmp_path / "x.npz", **arrays)
-    return str(tmp_path / "x.npz")
 
 
 def test_colour_arrays_with_labels(tmp_path: Path) -> None:
@@ -306,9 +162,6 @@ def test_labels_of_arrays_can_be_dropped(tmp_path: Path) -> None:
     images = lego.open_images(where, model(), labels=False)
     assert not images.labelled
     assert tensors(images)[1] == [UNLABELLED] * 2
-
-
-EIGHT = np.zeros((2, 8, 8), np.uint8)
 
 
 @pytest.mark.parametrize(

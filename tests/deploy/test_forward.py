@@ -140,8 +140,8 @@ class Features(Dataset[Tensor]):
         return output[0]
 
 
-# A forked process runs the graph. A spawned one gets a pickled copy, which runs its own code; to
-# send it, PyTorch moves the tensors to shared memory, so that this process runs its own code, too.
+# A forked process runs the graph. A spawned one gets a pickled copy, which runs its own code. To
+# send it, PyTorch moves the tensors to shared memory; this process goes on with the graph.
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_loader_process_may_hold_a_deployed_network(start: str) -> None:
     model, expected = deployed()
@@ -149,6 +149,6 @@ def test_a_loader_process_may_hold_a_deployed_network(start: str) -> None:
         Features(model), len(X), num_workers=1, multiprocessing_context=start, timeout=120
     )
     assert relative(expected, next(iter(loader))) < 1e-5
-    assert runs_by_graph(model) == (start == "fork")
+    assert runs_by_graph(model)
     with torch.no_grad():
         assert relative(expected, model(X)) < 1e-5

@@ -268,3 +268,38 @@ def test_new_values_of_dtypes_and_layouts_are_noticed() -> None:
         assert runs_by_graph(model)
         model.other.data.zero_()
         assert not runs_by_graph(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["shared", "moved", "replaced", "loaded"])
+def test_equal_values_elsewhere_leave_the_graph(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = lego.deploy_(copy.deepcopy(prepared()), X, seconds=0)
+    expected = model(X)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if kind == "shared":
+        model.share_memory()
+    elif kind == "moved":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    else:
+        model.load_state_dict(state, assign=kind == "replaced")
+    assert runs_by_graph(model)
+    assert relative(expected, model(X)) < 1e-6
+    assert not caplog.records
+    model.fc.bias.data[3:] += 1
+    assert not runs_by_graph(model)
+    assert relative(expected, model(X)) > 1e-3
+    assert "(fc.bias)" in caplog.text
+
+
+@torch.no_grad()
+def test_another_tensor_of_one_equal_value_is_watched() -> None:
+    model = deployed()
+    model.gain = nn.Parameter(torch.ones(1))
+    lego.deploy_(model, X, seconds=0, only=("assemble",))
+    model.gain = nn.Parameter(torch.ones(1))
+    assert runs_by_graph(model)
+    model.gain.add_(1)
+    assert not runs_by_graph(model)

@@ -136,3 +136,17 @@ def test_depthwise_convs_run_in_a_row_unless_pytorch_adds_to_them(summed: bool) 
     runs = kernels_only(model)
     counts = [sum(n.op == "call_module" for n in run.body.graph.nodes) for run in runs]
     assert counts == ([2, 2] if summed else [5])
+
+
+@compiled
+@torch.no_grad()
+def test_recordings_of_tensors_that_moved_are_dropped() -> None:
+    model = converted(Net(), X)
+    expected = model(X)
+    runs = kernels_only(model)
+    before = [tape for run in runs for tape in run._tapes.values()]
+    model.share_memory()
+    assert relative(expected, model(X)) < 1e-5
+    after = [tape for run in runs for tape in run._tapes.values()]
+    assert len(runs) == len(after) == 2
+    assert not set(before) & set(after)

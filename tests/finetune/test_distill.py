@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models.googlenet import GoogLeNetOutputs
 
 from legocompress.errors import DataError, UsageError
 from legocompress.finetune.distill import (
@@ -84,3 +85,30 @@ def test_an_output_that_is_not_a_classification_is_refused() -> None:
     model = nn.Conv2d(1, 4, 3)
     with pytest.raises(DataError, match=r"needs \(N, classes\)"):
         Criterion(recipe(), model, None)(model, model, torch.randn(1, 1, 8, 8), torch.zeros(1))
+
+
+def test_of_several_outputs_the_logits_alone_enter_the_loss() -> None:
+    class Auxiliary(nn.Module):
+        """Returns the logits, and in train mode those of an auxiliary head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.aux = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> GoogLeNetOutputs:
+            return GoogLeNetOutputs(self.main(x), self.aux(x), None)
+
+    student, original = Auxiliary(), Auxiliary()
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    settings = recipe(distill={"labels": 0.5, "logits": 0.5})
+    plain = Criterion(settings, student.main, original.main)(student.main, student.main, x, y)
+    wrapper = nn.Sequential(student)
+    for runs in (student, wrapper):
+        loss, logits = Criterion(settings, student, original)(runs, student, x, y)
+        assert torch.equal(loss, plain[0])
+        assert torch.equal(logits, student.main(x))
+        loss.backward()
+        assert student.main.weight.grad is not None
+        gradient = student.aux.weight.grad  # a wrapper of several processes waits for it
+        assert gradient is None if runs is student else gradient is not None
+        assert gradient is None or not gradient.any()

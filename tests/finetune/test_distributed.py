@@ -67,6 +67,51 @@ for rank in range(2):
     children.append(pid)
 assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0]
 """
+# Trains in two processes, then again with a kill of one of them, and then resumes that run.
+KILLING_DRIVER = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+import legocompress as lego
+from legocompress.finetune.distributed import join_process_group, read_processes
+from legocompress.finetune.loop import finetune_
+from tests.support.tiny import compressed, recipe
+
+place, stages, ports = sys.argv[1], eval(sys.argv[2]), sys.argv[3:]
+
+def train(name, victim, resume):
+    model, settings = compressed(k=2), recipe(save_every=1, stages=stages)
+    data = lego.open_training(model, settings, f"{place}/images.npz")
+    processes = read_processes()
+
+    def on_step(progress):
+        if (processes.rank, progress.update) == (victim, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with join_process_group(processes, torch.device("cpu")):
+        finetune_(model, settings, *data, out=f"{place}/{name}", processes=processes,
+                  resume=resume, on_step=on_step)
+
+def train_both(port, *args):
+    os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    children = []
+    for rank in range(2):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        children.append(os.fork())
+        if not children[-1]:
+            code = 1
+            try:
+                train(*args)
+                code = 0
+            finally:
+                os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+
+assert train_both(ports[0], "whole", None, False) == [0, 0]
+assert train_both(ports[1], "killed", 1, False) == [1, -signal.SIGKILL]
+assert os.path.exists(f"{place}/killed/state.pt") and not os.path.exists(f"{place}/killed/last")
+assert train_both(ports[2], "killed", None, True) == [0, 0]
+"""
 STAGES = [{"epochs": 1, "rates": {"proxies": 300.0}}, {"epochs": 1, "indices": "frozen"}]
 
 
@@ -172,6 +217,18 @@ def test_torchrun_starts_a_dead_process_again(tmp_path: Path) -> None:
     rows = (tmp_path / "net-ft" / "summary.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["epoch", "0", "1", "2", "3", "4", "5"]
     lego.load(tmp_path / "net-ft" / "best")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_resumes_exactly_after_one_was_killed(tmp_path: Path) -> None:
+    write_images(tmp_path / "images.npz")
+    stages = [{"epochs": 1, "rates": {"proxies": 300.0}}]
+    ports = [str(free_port()) for _ in range(3)]
+    command = [sys.executable, "-W", "ignore", "-c", KILLING_DRIVER, str(tmp_path), repr(stages)]
+    ran = subprocess.run([*command, *ports], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stdout + ran.stderr[-3000:]
+    for name in ("summary.csv", "last/model.safetensors", "best/model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def _find_child(parent: int) -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import legocompress as lego
-from legocompress.errors import UsageError
+from legocompress.errors import DataError, UsageError
 from legocompress.lego.module import lego_modules
 from tests.support.finetuning import compute_outputs, train
-from tests.support.tiny import compressed, dense, recipe, write_images
+from tests.support.tiny import compressed, dense, recipe, same, write_images
 
 ONE_FROZEN_EPOCH = [{"epochs": 1, "indices": "frozen"}]
 ONE_EPOCH = [{"epochs": 1, "rates": {"proxies": 100.0}}]
@@ -96,3 +100,49 @@ def test_distilling_needs_the_original(images: Path) -> None:
     other = lego.reset_classifier_(dense(), 7)
     with pytest.raises(UsageError, match=r"distill\.logits=0"):
         train(compressed(), images, {"distill": {}}, original=other)
+
+
+class WithHead(nn.Module):
+    """The tiny network with a second output, in train mode only or always."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__()
+        self.net, self.output, self.aux = compressed(), output, nn.Linear(3, 3)
+        self.pretrained_cfg: Any = self.net.pretrained_cfg
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.net(x)
+        if self.output == "maps":
+            return {"out": x, "aux": x}
+        if self.output == "dict":
+            return {"logits": y, "maps": x}
+        return (y, self.aux(y)) if self.training else y
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["auxiliary", "dict"])
+def test_a_network_of_several_outputs_trains_by_its_logits(output: str, images: Path) -> None:
+    torch.manual_seed(0)
+    model = WithHead(output)
+    plain = copy.deepcopy(model.net)
+    changes = {"stages": ONE_EPOCH, "distill": {"labels": 0.5, "logits": 0.5}}
+    _, epochs = train(model, images, changes, original=WithHead(output))
+    _, expected = train(plain, images, changes, original=compressed())
+    assert epochs == [replace(e, progress=epochs[0].progress) for e in expected]
+    assert epochs[0].progress.loss == expected[0].progress.loss
+    assert same(model.net, plain)
+
+
+def test_a_network_without_logits_is_refused_before_anything_is_changed(
+    images: Path, tmp_path: Path
+) -> None:
+    model = WithHead("maps").train()
+    before = copy.deepcopy(model)
+    for student, original in ((model, dense()), (compressed(), model)):
+        changes = {"stages": ONE_EPOCH, "distill": {"labels": 0.5, "logits": 0.5}}
+        with pytest.raises(DataError, match=r"a dict of .*needs \(N, classes\): wrap the network"):
+            train(student, images, changes, original=original, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    assert same(model, before)
+    assert model.training
+    assert all(m.proxy is None for _, m in lego_modules(model))

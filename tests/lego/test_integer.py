@@ -125,10 +125,9 @@ def test_a_linear_layer_is_exact_before_its_two_roundings() -> None:
     x = generator.integers(0, 256, (2, 300)).astype(np.uint8)
     scales = generator.random(5).astype(np.float32)
     bias = generator.random(5).astype(np.float32)
-    y = integer.apply_linear(
-        integer.IntegerLinear(*map(torch.from_numpy, (weight, scales, bias)), x_zero=9),
-        torch.from_numpy(x),
-    )
+    tensors = [torch.from_numpy(values) for values in (weight, scales, bias)]
+    linear = integer.IntegerLinear(tensors[0], tensors[1], tensors[2], x_zero=9)
+    y = integer.apply_linear(linear, torch.from_numpy(x))
     sums = (x.astype(np.int64) - 9) @ weight.astype(np.int64).T
     assert np.array_equal(y.numpy(), sums.astype(np.float32) * scales + bias)
 

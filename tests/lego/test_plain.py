@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.deploy.conv_layer import is_deployable_conv
 from legocompress.lego.module import computes_plainly
-from tests.support.own_convs import OWN_CONVS, NamedConv, ShiftedLinear
+from tests.support.custom_convs import CUSTOM_CONVS, NamedConv, ShiftedLinear
 
 SPEC = lego.LegoSpec(m=0.5, o=2, linear=True, allow_expansion=True)
 
@@ -43,7 +43,7 @@ def dense_twin(model: Any, make: Callable[[], nn.Module]) -> Any:
 X = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("make", OWN_CONVS.values(), ids=OWN_CONVS)
+@pytest.mark.parametrize("make", CUSTOM_CONVS.values(), ids=CUSTOM_CONVS)
 @torch.no_grad()
 def test_a_lego_layer_runs_the_code_of_its_class_and_instance(
     make: Callable[[], nn.Module], tmp_path: Path
@@ -69,11 +69,11 @@ def test_a_lego_layer_runs_the_code_of_its_class_and_instance(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv forward", "weight"])
 def test_an_export_runs_the_code_of_the_class(name: str, tmp_path: Path) -> None:
-    model = convert(network(OWN_CONVS[name])).float()
+    model = convert(network(CUSTOM_CONVS[name])).float()
     x = X[:1].float()
     lego.export_program(model, tmp_path / "x.pt2", example_input=x)
     with torch.no_grad():
-        expected = dense_twin(model, OWN_CONVS[name]).float()(x)
+        expected = dense_twin(model, CUSTOM_CONVS[name]).float()(x)
     actual = torch.export.load(tmp_path / "x.pt2").module()(x)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)  # of rounded coefficients
 
@@ -81,7 +81,7 @@ def test_an_export_runs_the_code_of_the_class(name: str, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv forward", "weight", "instance conv forward"])
 def test_calibration_repairs_what_the_class_computes(name: str) -> None:
-    original = network(OWN_CONVS[name])
+    original = network(CUSTOM_CONVS[name])
     model = convert(copy.deepcopy(original)).float()
     original.float()
     images = torch.randn(16, 3, 6, 7)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
-from tests.support.own_convs import NamedConv
+from tests.support.custom_convs import NamedConv
 
 OUTPUTS = ("tensor", "tuple", "dict", "none")
 ACTIVATIONS: tuple[type[nn.Module], ...] = (

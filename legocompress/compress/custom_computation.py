@@ -30,7 +30,7 @@ def explain_name_clash(layer: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def explain_own_computation(layer: nn.Conv2d | nn.Linear) -> str | None:
+def explain_custom_computation(layer: nn.Conv2d | nn.Linear) -> str | None:
     """Say why a layer would compute wrongly as a Lego layer; None where nothing is known.
 
     A layer whose class or instance changes the computation is copied twice. Both copies get the

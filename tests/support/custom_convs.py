@@ -66,7 +66,7 @@ def replace(method: str, function: Callable[..., Tensor]) -> nn.Conv2d:
 
 
 # By name: a layer of 6 inputs and 8 outputs; convs keep the size of the map.
-OWN_CONVS: dict[str, Callable[[], nn.Module]] = {
+CUSTOM_CONVS: dict[str, Callable[[], nn.Module]] = {
     "conv forward": lambda: PanoramaConv(6, 8, 3),
     "weight": lambda: CentredConv(6, 8, 3, padding=1),
     "call": lambda: ScaledCallConv(6, 8, 3, padding=1),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import legocompress as lego
-from tests.support.own_convs import OWN_CONVS
+from tests.support.custom_convs import CUSTOM_CONVS
 
 SPEC = lego.LegoSpec(m=0.5, o=2, allow_expansion=True)
 X = torch.randn(1, 3, 6, 7, generator=torch.Generator().manual_seed(1))
@@ -99,9 +99,9 @@ class Picky(nn.Conv2d):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("name", OWN_CONVS)
+@pytest.mark.parametrize("name", CUSTOM_CONVS)
 def test_what_reads_its_weight_converts(name: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), OWN_CONVS[name](), nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), CUSTOM_CONVS[name](), nn.Conv2d(8, 8, 1))
     assert "1" in lego.plan(model, SPEC, X).layers
 
 
