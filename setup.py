@@ -28,8 +28,8 @@ FLAGS = [
 AVX512 = [
     "-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=512",
 ]  # fmt: skip
-# tree-pre: with it GCC 12 writes the sums of the int8 kernels to memory in every step of their inner
-# loop. uninitialized: GCC warns of its own AVX-512 intrinsics.
+# tree-pre: with it GCC 12 writes the sums of the int8 kernels to memory in every step of their
+# inner loop. uninitialized: GCC warns of its own AVX-512 intrinsics.
 INT8 = ["-fno-tree-pre", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 # Each instruction set is a file of its own, so that no other code is compiled for it.
 X86_FLAGS = {
