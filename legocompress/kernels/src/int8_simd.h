@@ -4,6 +4,20 @@
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
+// Calls f(0), ..., f(N - 1) with constants. Other than a loop, it never leaves an array of vectors in memory.
+template <int N>
+struct Number {
+  constexpr operator int() const { return N; }
+};
+template <int N, class F>
+INLINE void repeat(F f) {
+  if constexpr (N > 0) {
+    repeat<N - 1>(f);
+    f(Number<N - 1>{});
+  }
+}
+#define INLINE_LAMBDA __attribute__((always_inline))
+
 constexpr int64_t kLanes = LEGO_LANES;
 constexpr int64_t kGranule = 2 * LEGO_LANES;  // pixels of H
 

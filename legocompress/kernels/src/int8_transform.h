@@ -1,65 +1,54 @@
 // The transform: sums of products of one part's filters with the input, rounded to 16 bits.
 
-// Sums of MR filters and NV vectors of pixels.
+// Sums of MR filters and NV vectors of pixels. (Inlined, GCC would keep the sums in memory.)
 template <int MR, int NV>
-INLINE void multiply_panel(const int8_t* w, const Input& in, int64_t at, const int32_t* offsets, const int32_t* shifts,
+__attribute__((noinline)) void multiply_panel(const int8_t* w, const Input& in, int64_t at, const int32_t* offsets, const int32_t* shifts,
                            int16_t* z, int64_t z_stride) {
   I s[MR][NV];
-  UNROLL for (int r = 0; r < MR; r++) {
-    UNROLL for (int n = 0; n < NV; n++) s[r][n] = splat(offsets[r]);
-  }
+  repeat<MR>([&](auto r) INLINE_LAMBDA {
+    const I offset = splat(offsets[r]);
+    repeat<NV>([&](auto n) INLINE_LAMBDA { s[r][n] = offset; });
+  });
+  // Adds the products with the weights of each filter that lie side by side.
+  const auto add_products = [&](const I* x, auto multiply) INLINE_LAMBDA {
+    repeat<MR>([&](auto r) INLINE_LAMBDA {
+      int32_t quad;
+      __builtin_memcpy(&quad, w + r * 4, 4);
+      const I b = splat(quad);
+      repeat<NV>([&](auto n) INLINE_LAMBDA { s[r][n] = multiply(s[r][n], x[n], b); });
+    });
+    w += MR * 4;
+  };
   for (int64_t t = 0; t < in.n_taps; t++) {
     const uint8_t* p = in.x + in.taps[t] + at;
     for (int64_t q = 0; q < in.quads; q++, p += in.stride) {
       I x[NV];
-      UNROLL for (int n = 0; n < NV; n++) x[n] = load(p + n * 4 * kLanes);
+      repeat<NV>([&](auto n) INLINE_LAMBDA { x[n] = load(p + n * 4 * kLanes); });
 #if LEGO_PAIRS
       I even[NV];
-      UNROLL for (int n = 0; n < NV; n++) even[n] = low_words(x[n]), x[n] = high_words(x[n]);
-      UNROLL for (int r = 0; r < MR; r++) {
-        int32_t pair;
-        __builtin_memcpy(&pair, w + r * 4, 4);
-        const I b = splat(pair);
-        UNROLL for (int n = 0; n < NV; n++) s[r][n] = dot_pairs(s[r][n], even[n], b);
-      }
-      w += MR * 4;
-      UNROLL for (int r = 0; r < MR; r++) {
-        int32_t pair;
-        __builtin_memcpy(&pair, w + r * 4, 4);
-        const I b = splat(pair);
-        UNROLL for (int n = 0; n < NV; n++) s[r][n] = dot_pairs(s[r][n], x[n], b);
-      }
+      repeat<NV>([&](auto n) INLINE_LAMBDA { even[n] = low_words(x[n]), x[n] = high_words(x[n]); });
+      add_products(even, dot_pairs);
+      add_products(x, dot_pairs);
 #else
-      UNROLL for (int r = 0; r < MR; r++) {
-        int32_t quad;
-        __builtin_memcpy(&quad, w + r * 4, 4);
-        const I b = splat(quad);
-        UNROLL for (int n = 0; n < NV; n++) s[r][n] = dot(s[r][n], x[n], b);
-      }
+      add_products(x, dot);
 #endif
-      w += MR * 4;
     }
   }
-  UNROLL for (int r = 0; r < MR; r++) {
+  repeat<MR>([&](auto r) INLINE_LAMBDA {
     const I shift = splat(shifts[r]);
-    UNROLL for (int n = 0; n < NV; n += 2) {
-      store(z + r * z_stride + n * kLanes, (I)narrow(shift_right(s[r][n], shift), shift_right(s[r][n + 1], shift)));
-    }
-  }
+    repeat<NV / 2>([&](auto n) INLINE_LAMBDA {
+      const H h = narrow(shift_right(s[r][2 * n], shift), shift_right(s[r][2 * n + 1], shift));
+      store(z + r * z_stride + n * kGranule, (I)h);
+    });
+  });
 }
 
-template <int NV>
-INLINE void multiply_panel_of(int64_t rows, const int8_t* w, const Input& in, int64_t at, const int32_t* offsets,
-                              const int32_t* shifts, int16_t* z, int64_t z_stride) {
-  switch (rows) {
-    case 1: return multiply_panel<1, NV>(w, in, at, offsets, shifts, z, z_stride);
-    case 2: return multiply_panel<2, NV>(w, in, at, offsets, shifts, z, z_stride);
-    case 3: return multiply_panel<3, NV>(w, in, at, offsets, shifts, z, z_stride);
-    case 4: return multiply_panel<4, NV>(w, in, at, offsets, shifts, z, z_stride);
-    case 5: return multiply_panel<5, NV>(w, in, at, offsets, shifts, z, z_stride);
-    default: return multiply_panel<6, NV>(w, in, at, offsets, shifts, z, z_stride);
-  }
-}
+typedef void (*MultiplyPanel)(const int8_t*, const Input&, int64_t, const int32_t*, const int32_t*, int16_t*, int64_t);
+#define LEGO_ROW(NV)                                                               \
+  {multiply_panel<1, NV>, multiply_panel<2, NV>, multiply_panel<3, NV>, \
+   multiply_panel<4, NV>, multiply_panel<5, NV>, multiply_panel<6, NV>}
+// For a wide and a narrow register tile, by the number of filters - 1.
+const MultiplyPanel kMultiplyPanel[2][kPanelRows] = {LEGO_ROW(LEGO_VECTORS), LEGO_ROW(2)};
 
 // The number of a part's first row of Z.
 INLINE int64_t first_row(const Int8Conv& v, int64_t part) {
@@ -81,11 +70,8 @@ void transform_panels(const Int8Conv& v, const Int8Tile& t, int64_t part, int64_
       const int8_t* w = v.filters + p.filters_at + n * panel_bytes;
       int16_t* to = z + (row - first * kPanelRows) * v.z_stride + i;
       const int32_t *offsets = v.offsets + row0 + row, *shifts = v.shifts + row0 + row;
-      if (LEGO_VECTORS > 2 && t.count - i > kGranule) {
-        multiply_panel_of<LEGO_VECTORS>(rows, w, in, 4 * i, offsets, shifts, to, v.z_stride);
-      } else {
-        multiply_panel_of<2>(rows, w, in, 4 * i, offsets, shifts, to, v.z_stride);
-      }
+      const bool wide = t.count - i > kGranule;
+      kMultiplyPanel[!wide][rows - 1](w, in, 4 * i, offsets, shifts, to, v.z_stride);
     }
   }
 }
