@@ -58,7 +58,7 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
         if module is None and leaf == "weight" and owner in int8_layers:
             stored.update(_encode_weight(name, tensor.detach()))
         elif module is None:
-            stored[name] = tensor.detach()
+            stored[name] = tensor.detach() if record is None else _narrow(tensor.detach())
         elif leaf == "index":
             stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
         elif leaf == "lego_filters":
@@ -79,6 +79,14 @@ def encode_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, 
         return {name: rounded.to(TORCH_DTYPES[dtype])}
     values, scales = quantize_filters(rounded)
     return {name: values, scales_name(name): scales}
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """A float32 tensor as fp16 if this changes no value, as quantisation makes those of norms."""
+    if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+        return tensor
+    narrow = tensor.half()
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def _encode_weight(name: str, weight: Tensor) -> dict[str, Tensor]:

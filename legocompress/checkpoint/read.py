@@ -189,6 +189,8 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
             tensor.is_floating_point() and stored_as.dtype in MEMORY_DTYPES.values()
         ):
             raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, expected {tensor.dtype}")
+        elif block.quantization is not None and tensor.dtype == torch.float32:
+            tensor.data = stored_as.float()  # values of norms are stored in fp16
         else:
             tensor.data = stored_as
 

@@ -149,7 +149,7 @@ class IntegerMean(IntegerOperator):
         """The multiplier for maps of the size of x."""
         pixels = int(x.shape[2]) * int(x.shape[3])
         exact = 2**integer.WIDE_FRACTION * self.x.scale / (self.out.scale * pixels)
-        return min(round(exact), 2**31 - 1)
+        return int(min(round(exact), 2**31 - 1))
 
 
 class IntegerAdd(IntegerOperator):

@@ -25,8 +25,9 @@ from legocompress.quantize.forward import (
     weight_owner,
 )
 from legocompress.quantize.integer_graph import IntegerGraph
+from legocompress.quantize.layers import ConvLayer
 from legocompress.quantize.observation import observe
-from legocompress.quantize.rounding import round_layers_
+from legocompress.quantize.rounding import round_layers_, round_norms_
 from legocompress.quantize.search import (
     Excluded,
     ObservedPart,
@@ -107,6 +108,7 @@ def quantize_(
         agreement=similarity.agreement,
     )
     round_layers_(layers)
+    round_norms_(_folded_norms(observed))
     return requantize_(model)
 
 
@@ -208,6 +210,17 @@ def _compare(graph: IntegerGraph, inputs: tuple[Tensor, ...]) -> str | None:
     actual = graph.graph_module(*inputs)
     set_exact_(graph, ())
     return None if outputs_agree(expected, actual) else "traced, it computes something else"
+
+
+def _folded_norms(parts: Sequence[ObservedPart]) -> list[nn.Module]:
+    """The norms that are folded into integer convs."""
+    folded = [
+        layer.folded
+        for part in parts
+        for _, layer in part.graph.layers()
+        if isinstance(layer, ConvLayer)
+    ]
+    return [conv.norm for conv in folded if conv is not None and conv.norm is not None]
 
 
 def _quantized_layers(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from legocompress.lego.module import LegoModule
 from legocompress.lego.storage import round_to_storage
@@ -27,6 +27,18 @@ def round_layers_(layers: Iterable[nn.Module]) -> None:
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
             weight.copy_(round_to_storage(weight, "int8"))
+
+
+@torch.no_grad()
+def round_norms_(norms: Iterable[nn.Module]) -> None:
+    """Round the values of norms to fp16, tensor by tensor, where it holds them to 11 bits."""
+    for norm in norms:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            values = getattr(norm, name, None)
+            if isinstance(values, Tensor):
+                rounded = values.half().float()
+                if bool(((rounded - values).abs() <= values.abs() * 2.0**-11).all()):
+                    values.copy_(rounded)
 
 
 @torch.no_grad()

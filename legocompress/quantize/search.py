@@ -23,7 +23,7 @@ from legocompress.state.quantization import ConvShifts, MapRange, QuantizedPart
 UNFIT = "its sums or multipliers do not fit 16 bits"
 Excluded = dict[str, str]  # name of a layer -> reason
 OnStep = Callable[[str, int, int], None]
-ENOUGH = 0.15  # error of the outputs, with which no layer is left in fp32
+ENOUGH = 0.1  # error of the outputs, with which no layer is left in fp32
 WORTH = 1.05  # a layer in fp32 must lower the error by this factor
 MOST = 0.1  # of the convs may be left in fp32
 FEW = 4  # images on which single layers are tried
