@@ -17,9 +17,11 @@ from legocompress.compress.budget import check_budget
 from legocompress.errors import UsageError
 from legocompress.models.source import source_of
 from legocompress.spec import LegoSpec
+from legocompress.state.quantization import PRECISIONS
 
 from . import render
 from .calibration import (
+    SYNTHETIC,
     make_page_sources,
     measure_sensitivity,
     open_calibration_images,
@@ -48,6 +50,13 @@ from .options import (
     spec_options,
 )
 from .progress import progress_bar
+from .quantize import (
+    check_precision,
+    open_photos,
+    print_quantization,
+    quantization_values,
+    run_quantization,
+)
 
 
 @click.command(cls=SectionedCommand)
@@ -77,6 +86,10 @@ from .progress import progress_bar
     help="What a budget is spent by: errors of weights, or losses on the images of --calibrate.",
 )
 @calibration_options
+@click.option(
+    "--precision",
+    help=f"Quantise, too, by the images of --calibrate: {', '.join(PRECISIONS)}.",
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @log_json_option
 @device_option
@@ -89,6 +102,7 @@ def convert(
     seed: int,
     calibration_data: str | None,
     spend_by: str,
+    precision: str | None,
     dry_run: bool,
     device: str,
     html: Path | None,
@@ -110,6 +124,7 @@ def convert(
             "--spend-by images needs a budget and images; give --max-size or --max-macs, and "
             "--calibrate DATA"
         )
+    _check_precision(precision, calibration_data)
     target = out or Path(f"{model.rstrip('/').rpartition('/')[2].replace(':', '-')}-lego")
     if dry_run and html is not None:
         raise UsageError("--html shows a converted network; leave out --dry-run")
@@ -142,6 +157,9 @@ def convert(
             sources = make_page_sources(original, request)
         _convert(network, plan, seed, as_json)
         record = run_calibration(network, original, request, labelled, target, as_json, images)
+        if precision is not None:
+            photos = open_photos(network, request, precision)
+            run_quantization(network, photos, precision, request.batch_size, as_json)
     lego.save(network, target, force)
     remove_journal(target)
     expected = None if sensitivity is None else _add_up_losses(network, sensitivity)
@@ -149,7 +167,16 @@ def convert(
     if html is not None:
         write_page(network, html, report, sources, force, as_json)
     outcome = render.describe_outcome(target, record, source_of(network), weights)
-    _print_result(model, target, plan, report, expected, outcome, as_json)
+    _print_result(model, target, plan, report, network, expected, outcome, as_json)
+
+
+def _check_precision(precision: str | None, calibration_data: str | None) -> None:
+    """Raise UsageError for a precision that does not exist, or without photos."""
+    if precision is None:
+        return
+    check_precision(precision)
+    if calibration_data in (None, SYNTHETIC):
+        raise UsageError("--precision needs photos to measure ranges on; give --calibrate PHOTOS")
 
 
 @click.command(cls=SectionedCommand)
@@ -232,14 +259,18 @@ def _print_result(
     target: Path,
     plan: lego.Plan,
     report: lego.Report,
+    network: nn.Module,
     expected: tuple[float, bool] | None,
     outcome: render.Outcome,
     as_json: bool,
 ) -> None:
-    record = outcome.record
+    record, quantization = outcome.record, lego.lego_state(network).quantization
     if as_json:
         values = {"out": str(target), **report.totals(), "skipped": plan.skipped}
         values["calibration"] = None if record is None else record.model_dump()
+        values["quantization"] = None
+        if quantization is not None:
+            values["quantization"] = quantization_values(quantization)
         values["expected_loss"] = None if expected is None else expected[0]
         values["outcome"] = outcome.to_dict()
         render.print_json(values)
@@ -251,4 +282,6 @@ def _print_result(
         render.print_calibration(record)
     if expected is not None:
         render.print_sum(expected[0], record, expected[1])
+    if quantization is not None:
+        print_quantization(quantization)
     render.print_outcome(outcome)

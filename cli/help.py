@@ -19,7 +19,7 @@ MAIN_JOB = (
 OPTION_HEADINGS: dict[str, tuple[str, ...]] = {
     "What to compress": (
         "m", "o", "k", "max_size", "max_macs", "spend_by", "coefficients", "dtype", "rules",
-        "only", "skip", "linear", "allow_expansion",
+        "only", "skip", "linear", "allow_expansion", "precision",
     ),
     "Network": (
         "weights", "pretrained", "num_classes", "in_chans", "model_kwargs", "original",

@@ -21,6 +21,7 @@ from .export import export
 from .finetune import finetune
 from .help import PipelineGroup
 from .push import push
+from .quantize import quantize
 from .recipes import recipes
 from .report import report
 
@@ -45,7 +46,7 @@ def cli(context: click.Context, debug: bool) -> None:
 # By the headings of the help, in the order of the pipeline.
 COMMANDS: dict[str, tuple[click.Command, ...]] = {
     "Try it": (demo,),
-    "Compress": (inspect, analyze, convert, calibrate),
+    "Compress": (inspect, analyze, convert, calibrate, quantize),
     "Train": (recipes, finetune),
     "Measure": (report, evaluate, compare, benchmark),
     "Use elsewhere": (export, push),

@@ -30,6 +30,7 @@ from .options import (
     read_device,
 )
 from .progress import activity_bar
+from .quantize import print_quantization, quantization_values
 
 
 @click.command(cls=SectionedCommand)
@@ -90,13 +91,18 @@ def report(
     if html is not None:
         write_page(model, html, result, sources, force, quiet=True)
     record = lego.lego_state(model).calibration
+    quantization = lego.lego_state(model).quantization
     if as_json:
         calibration = None if record is None else record.model_dump()
-        render.print_json({**result.to_dict(), "calibration": calibration})
+        quantized = None if quantization is None else quantization_values(quantization)
+        values = {**result.to_dict(), "calibration": calibration, "quantization": quantized}
+        render.print_json(values)
         return
     render.print_report(result)
     if record is not None:
         render.print_calibration(record)
+    if quantization is not None:
+        print_quantization(quantization)
 
 
 def _open_original(

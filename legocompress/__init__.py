@@ -36,6 +36,7 @@ from legocompress.lego.surgery import (
 )
 from legocompress.models.factory import create
 from legocompress.models.head import reset_classifier_
+from legocompress.quantize import Quantization, quantize_, unquantize_
 from legocompress.report.benchmark_run import BenchmarkRun
 from legocompress.report.html import ReportSources, write_html_report
 from legocompress.report.judge import Judge, open_judge
@@ -60,6 +61,7 @@ __all__ = [
     "LegoSpec",
     "LegoState",
     "Plan",
+    "Quantization",
     "Recipe",
     "Report",
     "ReportSources",
@@ -92,6 +94,7 @@ __all__ = [
     "open_training",
     "plan",
     "push",
+    "quantize_",
     "reset_classifier_",
     "save",
     "sensitivity",
@@ -101,5 +104,6 @@ __all__ = [
     "to_dense_",
     "train_indices_",
     "undeploy_",
+    "unquantize_",
     "write_html_report",
 ]

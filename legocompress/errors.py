@@ -56,6 +56,10 @@ class DeployError(LegoError):
     """A network cannot be deployed on this device, or not with these choices."""
 
 
+class QuantizationError(LegoError):
+    """A network cannot be quantised, or is quantised already."""
+
+
 class CheckpointError(LegoError):
     """A compressed folder is missing, damaged or contradictory."""
 

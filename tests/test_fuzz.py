@@ -64,7 +64,7 @@ HOSTILE: list[Any] = [
 NAMES = [
     "", ".", "..", "a..b", "../a.bias", "/etc/passwd", "a/b", "a.weight", "a.weight.x", "A.bias",
     "__class__", "a.__class__", "forward", "stem", "head", "c", "c.index", "a.index", "norm.weight",
-    "__metadata__", "weight", "a.lego_scales", "é", "x" * 3000,
+    "__metadata__", "weight", "a.lego_scales", "stem.weight_scales", "é", "x" * 3000,
 ]  # fmt: skip
 DTYPES = ["BOOL", "U8", "I8", "I16", "I32", "I64", "U16", "F16", "BF16", "F32", "F64", "F8_E5M2",
           "F4", "X", "", 7, None]  # fmt: skip
@@ -219,6 +219,9 @@ def assert_says_the_same(model: nn.Module, raw: bytes) -> None:
         elif f"{owner}.lego_scales" in said and leaf == "lego_filters":
             scales = said[f"{owner}.lego_scales"].double().reshape(-1, 1, 1, 1)
             expected = expected.double() * scales
+        elif f"{name}_scales" in said:
+            scales = said[f"{name}_scales"].double()
+            expected = expected.double() * scales.reshape(-1, *[1] * (expected.dim() - 1))
         found = tensor.detach()
         assert expected.shape == found.shape, name
         limit = torch.finfo(found.dtype).max if found.is_floating_point() else None
@@ -303,7 +306,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[bytes, bytes]
     """The two files of small valid folders: binary, int8, half precision in memory."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("corpus")
-    models = [tiny(1, coefficients=False), tiny(2, dtype="int8"), tiny(1, dtype="fp16").half()]
+    quantised = tiny(2)
+    lego.quantize_(quantised, torch.randn(10, 3, 8, 8))
+    models = [
+        tiny(1, coefficients=False), tiny(2, dtype="int8"), tiny(1, dtype="fp16").half(), quantised,
+    ]  # fmt: skip
     folders = [lego.save(model, place / str(n)) for n, model in enumerate(models)]
     return [
         ((f / "config.json").read_bytes(), (f / "model.safetensors").read_bytes()) for f in folders

@@ -13,7 +13,7 @@ PACKAGE = Path(lego.__file__).parent
 # From the ground up, as ARCHITECTURE.md lists them.
 ROOMS = (
     "errors", "files", "spec", "lego", "state", "cluster", "models", "data", "compress",
-    "calibrate", "kernels", "deploy", "checkpoint", "finetune", "report", "export",
+    "calibrate", "kernels", "deploy", "quantize", "checkpoint", "finetune", "report", "export",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from legocompress.calibrate.preconditions import check_images, check_networks, c
 from legocompress.data.memory import reusing_memory
 from legocompress.errors import DataError
 from legocompress.lego.module import lego_modules
-from legocompress.models.checks import check_network
+from legocompress.models.checks import check_network, refuse_quantized
 from legocompress.models.in_place import explain_in_place
 from legocompress.models.output_errors import OutputErrors, compare_outputs
 from legocompress.models.probe import evaluating
@@ -117,6 +117,7 @@ def calibrate_(
 
     Raises:
         ConversionError: the original lacks a layer of the model.
+        QuantizationError: the model is quantised.
         UsageError: a network takes more than one input, is wrapped, compiled or scripted, or holds
             a lazy layer.
         TrainingError: the network changes a value in place that the gradient of step 3 needs.
@@ -124,6 +125,7 @@ def calibrate_(
             tensors that can be compared, as those of detectors. Nothing has been changed then.
     """
     check_network(model)
+    refuse_quantized(model, "calibrate_")
     check_network(original)
     check_networks(model, original)
     check_images(images, FEWEST)

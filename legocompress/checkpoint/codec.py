@@ -9,6 +9,7 @@ from legocompress.errors import CheckpointError
 from legocompress.lego.module import lego_modules
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import TORCH_DTYPES, quantize_filters, round_to_storage
+from legocompress.quantize import active_quantization
 from legocompress.spec import FilterDtype
 
 
@@ -40,8 +41,11 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
     """Turn the state of a converted network into the tensors of a file, each stored once.
 
     Raises:
-        CheckpointError: the state holds something that is not a tensor.
+        CheckpointError: the state holds something that is not a tensor, or a quantised layer has
+            changed.
     """
+    record = active_quantization(model)
+    int8_layers = () if record is None else record.dense_layers
     stored: dict[str, Tensor] = {}
     legos = dict(lego_modules(model))
     for lego in legos.values():
@@ -51,8 +55,10 @@ def encode(model: nn.Module) -> dict[str, Tensor]:
         module = legos.get(owner)
         if module is not None and leaf == "proxy":
             continue  # the index holds what it chose
-        if module is None:
-            stored[name] = tensor.detach()
+        if module is None and leaf == "weight" and owner in int8_layers:
+            stored.update(_encode_weight(name, tensor.detach()))
+        elif module is None:
+            stored[name] = tensor.detach() if record is None else _narrow(tensor.detach())
         elif leaf == "index":
             stored[name] = pack_index(tensor.cpu(), module.lego_shape.index_bits)
         elif leaf == "lego_filters":
@@ -75,9 +81,30 @@ def encode_filters(name: str, filters: Tensor, dtype: FilterDtype) -> dict[str, 
     return {name: values, scales_name(name): scales}
 
 
+def _narrow(tensor: Tensor) -> Tensor:
+    """A float32 tensor as fp16 if this changes no value, as quantisation makes those of norms."""
+    if tensor.dtype != torch.float32 or not bool(tensor.isfinite().all()):
+        return tensor
+    narrow = tensor.half()
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
+
+
+def _encode_weight(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Encode the weight (n, ...) of a quantised dense layer: int8 values and scales (n,)."""
+    if not torch.equal(round_to_storage(weight, "int8"), weight):
+        raise CheckpointError(
+            f"{name!r} has changed since quantize_, so the network is not what was quantised; "
+            "call unquantize_ and then quantize_ before saving"
+        )
+    values, scales = quantize_filters(weight)
+    return {name: values, scales_name(name): scales}
+
+
 def scales_name(name: str) -> str:
-    """The name of the scales: NAME.lego_filters -> NAME.lego_scales."""
-    return f"{name.removesuffix('lego_filters')}lego_scales"
+    """The name of the scales: NAME.lego_scales of Lego filters, NAME.weight_scales of a weight."""
+    if name.rpartition(".")[2] == "lego_filters":
+        return f"{name.removesuffix('lego_filters')}lego_scales"
+    return f"{name}_scales"
 
 
 def list_unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -18,9 +18,11 @@ from legocompress.models.probe import model_cfg
 from legocompress.spec import FilterDtype, StorageDtype
 from legocompress.state.calibration import Calibration
 from legocompress.state.deployment import Choices
+from legocompress.state.quantization import Quantization
 from legocompress.state.source import Source
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has no quantisation; folders without one are still written as 1
+VERSIONS = (1, 2)
 VERSION = version("legocompress")
 CONFIG, TENSORS = "config.json", "model.safetensors"
 MAX_CONFIG_BYTES = 32 * 2**20
@@ -56,6 +58,7 @@ class CompressionConfig(_Strict):
     recipe: dict[str, Any] | None = None
     layers: dict[str, LayerConfig]
     calibration: Calibration | None = None
+    quantization: Quantization | None = None
     deployment: tuple[Choices, ...] = Field(default=(), max_length=16)
 
 
@@ -109,10 +112,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], CompressionConfig]:
         raise CheckpointError(f"{str(path)!r}: pretrained_cfg is not a mapping")
     check_input_size(config.get("pretrained_cfg") or {})
     written = config["compression_config"].get("format_version")
-    if written != FORMAT_VERSION:
+    if written not in VERSIONS:
         raise CheckpointError(
             f"{str(path)!r} has format version {written!r}; this legocompress "
-            f"({VERSION}) reads {FORMAT_VERSION}: install a version that reads it"
+            f"({VERSION}) reads {' and '.join(map(str, VERSIONS))}: install a version that reads it"
         )
     try:
         return config, CompressionConfig.model_validate_json(

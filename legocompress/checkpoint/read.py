@@ -36,9 +36,11 @@ from legocompress.lego.unit import LegoUnit
 from legocompress.models.checks import check_network
 from legocompress.models.factory import create
 from legocompress.models.probe import model_cfg
+from legocompress.quantize import requantize_
 from legocompress.spec import LegoSpec
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
+from legocompress.state.quantization import Quantization
 from legocompress.state.source import Source
 
 MEMORY_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
@@ -84,10 +86,22 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if block.calibration is not None:
         state.calibration = block.calibration
     state.choices = block.deployment
+    _quantize_(model, block.quantization)
     if config.get("pretrained_cfg") is not None:
         network: Any = model
         network.pretrained_cfg = {**model_cfg(model), **_tuples(config["pretrained_cfg"])}
     return guard_fusing_(model).eval()
+
+
+def _quantize_(model: nn.Module, record: Quantization | None) -> None:
+    """Let a loaded network compute in the integers of its record."""
+    lego_state(model).quantization = record
+    if record is None:
+        return
+    for name, tensor in list_unique_tensors(model).items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise CheckpointError(f"quantisation: tensor {name!r} is {tensor.dtype}, not float32")
+    requantize_(model)
 
 
 def _spec(folder: Path, values: dict[str, Any]) -> LegoSpec:
@@ -141,7 +155,8 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
         for name, layer in block.layers.items()
         if layer.dtype == "int8"
     }
-    stored = set(file.keys()) - scales
+    weights = _int8_weights(model, block, tensors)
+    stored = set(file.keys()) - scales - {scales_name(name) for name in weights}
     if stored != tensors.keys():
         odd = sorted(stored ^ tensors.keys())[0]
         state = "unknown" if odd in stored else "missing"
@@ -154,15 +169,19 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
             tensor.data = _read_index(file, name, module.lego_shape)
             continue
         stored_as = _read(file, name, tuple(tensor.shape))
+        if name in weights:
+            _check_int8(name, stored_as)
+            unit_scales = _read_scales(file, scales_name(name), len(tensor))
+            tensor.data = dequantize_filters(stored_as, unit_scales, torch.float32)
+            continue
         if module is not None and leaf in ("lego_filters", "coefficients"):
             expected = module.storage_dtype if leaf == "lego_filters" else module.coefficients_dtype
             if stored_as.dtype != TORCH_DTYPES[expected]:
                 raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, config: {expected}")
             memory = MEMORY_DTYPES[block.layers[owner].memory_dtype]
             if stored_as.dtype == torch.int8:
-                if bool((stored_as == -128).any()):
-                    raise CheckpointError(f"tensor {name!r} holds -128, outside -127 to 127")
-                unit_scales = _read_scales(file, scales_name(name), module.lego_shape)
+                _check_int8(name, stored_as)
+                unit_scales = _read_scales(file, scales_name(name), module.lego_shape.n_lego)
                 tensor.data = dequantize_filters(stored_as, unit_scales, memory)
             else:
                 tensor.data = stored_as.to(memory)
@@ -170,8 +189,31 @@ def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
             tensor.is_floating_point() and stored_as.dtype in MEMORY_DTYPES.values()
         ):
             raise CheckpointError(f"tensor {name!r} is {stored_as.dtype}, expected {tensor.dtype}")
+        elif block.quantization is not None and tensor.dtype == torch.float32:
+            tensor.data = stored_as.float()  # values of norms are stored in fp16
         else:
             tensor.data = stored_as
+
+
+def _int8_weights(
+    model: nn.Module, block: CompressionConfig, tensors: dict[str, Tensor]
+) -> set[str]:
+    """The names of the weights of dense layers that are stored as int8.
+
+    Raises:
+        CheckpointError: the network has no conv or Linear of a name, or it is a Lego module.
+    """
+    layers = () if block.quantization is None else block.quantization.dense_layers
+    for name in layers:
+        _find(model, name)
+    return {_join_name(name, "weight") for name in layers} & tensors.keys()
+
+
+def _check_int8(name: str, values: Tensor) -> None:
+    if values.dtype != torch.int8:
+        raise CheckpointError(f"tensor {name!r} is {values.dtype}, expected int8")
+    if bool((values == -128).any()):
+        raise CheckpointError(f"tensor {name!r} holds -128, outside -127 to 127")
 
 
 def _find(model: nn.Module, name: str) -> nn.Conv2d | nn.Linear:
@@ -235,8 +277,8 @@ def _read(file: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     return tensor.clone()
 
 
-def _read_scales(file: Any, name: str, shape: UnitShape) -> Tensor:
-    scales = _read(file, name, (shape.n_lego,))
+def _read_scales(file: Any, name: str, n_filters: int) -> Tensor:
+    scales = _read(file, name, (n_filters,))
     if scales.dtype != torch.bfloat16 or not bool((scales.isfinite() & (scales > 0)).all()):
         raise CheckpointError(f"tensor {name!r} does not hold positive finite scales in bf16")
     return scales

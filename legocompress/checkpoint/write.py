@@ -26,6 +26,7 @@ from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.models.checks import check_network
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
+from legocompress.quantize import active_quantization
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
 from legocompress.state.source import Source
@@ -34,31 +35,34 @@ LEGO_TENSORS = ("lego_filters", "index", "coefficients", "proxy")
 
 
 def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
-    """Write a converted network as a folder from which alone `load` rebuilds it.
+    """Write a converted or quantised network as a folder from which alone `load` rebuilds it.
 
     Filters and coefficients are stored in the dtypes of the conversion. Values that training has
     changed are rounded to these dtypes in the file.
 
     Args:
-        model: the converted network.
+        model: the converted or quantised network.
         path: the folder to write.
         force: replace an existing folder.
 
     Raises:
         UsageError: the model is wrapped, compiled or scripted, or holds a lazy layer.
-        CheckpointError: the model holds no Lego module, or its architecture cannot be rebuilt
-            from its source.
+        CheckpointError: the model holds no Lego module and is not quantised, its architecture
+            cannot be rebuilt from its source, or it has changed since it was quantised.
         OutputExistsError: the folder exists and `force` is not given, or it holds other files.
         OutputError: it cannot be written.
     """
     check_network(model)
     layers = {name: _layer_config(module) for name, module in lego_modules(model)}
-    if not layers:
-        raise CheckpointError("the model holds no Lego module; convert it before saving")
+    quantization = active_quantization(model)
+    if not layers and quantization is None:
+        raise CheckpointError(
+            "the model holds no Lego module and is not quantised; convert it before saving"
+        )
     source = _find_rebuildable_source(model, source_of(model))
     record = lego_state(model).conversion
     block = CompressionConfig(
-        format_version=FORMAT_VERSION,
+        format_version=1 if quantization is None else FORMAT_VERSION,
         legocompress_version=VERSION,
         library=source.library,
         reparameterized=source.reparameterized,
@@ -69,10 +73,13 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         recipe=record.recipe if isinstance(record, ConversionRecord) else None,
         layers=layers,
         calibration=lego_state(model).calibration,
+        quantization=quantization,
         deployment=lego_state(model).choices,
     )
     config = timm_config(model, source)
     config["compression_config"] = block.model_dump(mode="json")
+    if quantization is None:
+        del config["compression_config"]["quantization"]
     text = format_config(config)
     target = Path(path)
     check_target(target, force)

@@ -19,7 +19,7 @@ from legocompress.errors import ConversionError, PlanError
 from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, ModelT
 from legocompress.lego.surgery import become_lego_, guard_fusing_
-from legocompress.models.checks import refuse_wrapper
+from legocompress.models.checks import refuse_quantized, refuse_wrapper
 from legocompress.models.reparameterization import fused_copy
 from legocompress.models.source import source_of
 from legocompress.state.conversion import ConversionRecord
@@ -51,6 +51,7 @@ def convert_(
             or of an unsupported kind. As after the other errors, nothing has been changed then.
     """
     refuse_wrapper(model)
+    refuse_quantized(model, "convert_")
     if not plan.layers:
         raise PlanError(f"no layer can be converted: {summarise_reasons(plan)}")
     if plan.reparameterize:

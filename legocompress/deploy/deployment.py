@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from legocompress import kernels
 from legocompress.deploy.autotune import autotune
 from legocompress.deploy.backends import BACKENDS
-from legocompress.deploy.forward import DeployedForward, install_, uninstall_
+from legocompress.deploy.forward import (
+    GraphForward,
+    IntegerDeployment,
+    PrecisionForward,
+    install_,
+    uninstall_,
+)
 from legocompress.deploy.fusing import FusedGraph
 from legocompress.deploy.machine import describe_machine
 from legocompress.deploy.memory_format import TORCH_FORMATS
@@ -27,6 +33,8 @@ from legocompress.deploy.route_plan import (
 from legocompress.errors import DeployError, UsageError
 from legocompress.lego.module import LegoModule, ModelT
 from legocompress.models.checks import refuse_wrapper
+from legocompress.models.outputs import flatten_float_tensors
+from legocompress.models.probe import default_input
 from legocompress.state.deployment import Choices, ConvRoute, Deployment, Format, Machine
 from legocompress.state.model_state import lego_state
 
@@ -49,6 +57,9 @@ def deploy_(
     exactly; activations and residual sums are fused into the layers before them. Then the routes of
     each layer are timed in both memory formats, and the fastest whole network is used; all-dense
     forms are among the candidates. Dense networks can be deployed, too.
+
+    A quantised network runs its integers by kernels, with the same bits as before. Nothing is
+    timed then.
 
     The parameters stay as they are, so the network can still be saved, exported and trained. Call
     it under `torch.no_grad()` or `torch.inference_mode()`. It computes as before it was deployed in
@@ -82,6 +93,8 @@ def deploy_(
     _check_usage(only, formats)
     undeploy_(model)
     state = lego_state(model)
+    if state.quantization is not None:
+        return _deploy_quantized_(model, example_input)
     partition = partition_model(model.eval(), example_input)
     machine = describe_machine(partition.images)
     _warn_without_kernels(partition.images[0].device)
@@ -114,6 +127,37 @@ def deploy_(
         milliseconds={n: ms for r in results for n, ms in r.plan.milliseconds.items()},
         notes=(*partition.notes, *(r.note for r in results if r.note is not None)),
         hint_used=choices is None and reusable is not None,
+    )
+    return model
+
+
+def _deploy_quantized_(model: ModelT, example_input: Any) -> ModelT:
+    """Run the integers of a quantised network by kernels; nothing is timed."""
+    example = default_input(model) if example_input is None else example_input
+    images = tuple(flatten_float_tensors(example)) or (torch.zeros(1, 3, 1, 1),)
+    _warn_without_kernels(images[0].device)
+    model.eval()
+    installed: list[IntegerDeployment] = []
+    notes = list(getattr(lego_state(model).quantization, "notes", ()))
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, PrecisionForward):
+            continue
+        made = forward.deploy()
+        if made.forward is None:
+            notes.append(f"{name or '(root)'} runs by the emulation: {made.reason}")
+            continue
+        module.__dict__["forward"] = made.forward
+        installed.append(made)
+    lego_state(model).deployment = Deployment(
+        choices=Choices(machine=describe_machine(images), formats={}, routes={}),
+        n_layers=sum(made.n_layers for made in installed),
+        n_lego=sum(made.n_lego for made in installed),
+        n_norms=0,
+        n_activations=sum(made.n_activations for made in installed),
+        n_sums=sum(made.n_sums for made in installed),
+        notes=tuple(notes),
+        precision="int8",
     )
     return model
 
@@ -184,12 +228,13 @@ def deployed_graph(model: nn.Module) -> nn.Module:
         DeployError: the network is not deployed, or only some parts of it could be traced.
     """
     forward = model.__dict__.get("forward")
-    if not isinstance(forward, DeployedForward) or forward.run is None:
+    if not isinstance(forward, GraphForward) or not forward.is_deployed or forward.run is None:
         deployment = lego_state(model).deployment
         notes = () if deployment is None else deployment.notes
         reason = next((note for note in notes if note.startswith("(root)")), "it is not deployed")
         raise DeployError(f"no single graph stands for this network: {reason}")
-    return forward.graph
+    graph: nn.Module = forward.graph
+    return graph
 
 
 def _warn_without_kernels(device: torch.device) -> None:
@@ -236,7 +281,7 @@ def _combine_choices(results: list[_PartResult], machine: Machine) -> Choices:
     )
 
 
-def _count(installed: list[FusedGraph]) -> dict[str, int]:
+def _count(installed: list[FusedGraph]) -> dict[str, Any]:
     """The counts of a Deployment: layers, and what was folded and fused into them."""
     convs = [conv for graph in installed for conv in graph.convs]
     return {

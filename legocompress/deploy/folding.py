@@ -30,7 +30,7 @@ class FoldedConv:
 
     A Lego layer has its own unit. A dense layer is stored as a unit of one split in which each
     output channel has its own filter: filters (n, c/g, kh, kw), index (1, n, 1), coefficients None.
-    The bias is (n,) or None.
+    The bias is (n,) or None. `layer` and `norm` are what was folded.
     """
 
     shape: UnitShape
@@ -39,6 +39,8 @@ class FoldedConv:
     geometry: Geometry
     activation: Activation
     is_lego: bool
+    layer: nn.Conv2d
+    norm: nn.Module | None
 
     @property
     def is_depthwise(self) -> bool:
@@ -106,6 +108,8 @@ def fold_conv(layer: nn.Conv2d, norm: nn.Module | None, activation: Activation) 
         geometry=Geometry.of(layer),
         activation=activation,
         is_lego=isinstance(layer, LegoModule),
+        layer=layer,
+        norm=norm,
     )
 
 

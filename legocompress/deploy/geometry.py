@@ -63,7 +63,7 @@ class Geometry:
             x: (N, c, H, W).
         """
         if self.same:
-            rows, columns = self._same_padding(x, 0), self._same_padding(x, 1)
+            rows, columns = self.same_padding(x, 0), self.same_padding(x, 1)
             if rows % 2 == 0 and columns % 2 == 0:
                 return x, (rows // 2, columns // 2)
             return pad_same(x, self.kernel, self.stride, self.dilation), (0, 0)
@@ -71,7 +71,7 @@ class Geometry:
             return F.pad(x, self.pad, self.mode), (0, 0)
         return x, self.padding
 
-    def _same_padding(self, x: Tensor, axis: int) -> int:
+    def same_padding(self, x: Tensor, axis: int) -> int:
         """Pixels that Conv2dSame adds along an axis, both sides together."""
         size, stride = x.shape[2 + axis], self.stride[axis]
         reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1

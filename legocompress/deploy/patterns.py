@@ -88,13 +88,13 @@ def _residual(
         return None
     node = nodes[0].next
     while node is not total:
-        if node not in nodes and _may_write(graph_module, node):
+        if node not in nodes and may_write(graph_module, node):
             return None  # the conv would run after this node, which may change its input
         node = node.next
     return other
 
 
-def _may_write(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+def may_write(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node could change, in place, a tensor that another node made."""
     if node.op == "call_module":
         layer = graph_module.get_submodule(str(node.target))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,25 +66,40 @@ def forget_tapes_(graph_module: nn.Module) -> None:
             part.forget_tapes()
 
 
-def record_runs(graph_module: fx.GraphModule) -> fx.GraphModule:
+def record_runs(
+    graph_module: fx.GraphModule,
+    is_recordable: Callable[[fx.GraphModule, fx.Node], bool] | None = None,
+    is_run: Callable[[fx.GraphModule, list[fx.Node]], bool] | None = None,
+) -> fx.GraphModule:
     """A copy of a graph in which each run of two or more kernel layers is one `RecordedRun`.
 
     The graph itself is not changed, and shares its layers with the copy.
+
+    Args:
+        graph_module: the graph.
+        is_recordable: whether a node can be part of a run; by default, as deployed layers say.
+        is_run: whether a run may be recorded; by default, all are.
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(graph_module.graph, {}))
     copied = fx.GraphModule(graph_module, graph)
-    runs = [run for run in _runs(copied) if sum(n.op == "call_module" for n in run) > 1]
+    runs = [
+        run
+        for run in _runs(copied, is_recordable or _is_recordable)
+        if sum(n.op == "call_module" for n in run) > 1 and (is_run is None or is_run(copied, run))
+    ]
     for number, run in enumerate(runs):
         _replace_run_(copied, run, f"runs.{number}")
     return copied
 
 
-def _runs(graph_module: fx.GraphModule) -> Iterator[list[fx.Node]]:
+def _runs(
+    graph_module: fx.GraphModule, is_recordable: Callable[[fx.GraphModule, fx.Node], bool]
+) -> Iterator[list[fx.Node]]:
     """The longest runs of neighbouring nodes that can be recorded."""
     run: list[fx.Node] = []
     for node in graph_module.graph.nodes:
-        if _is_recordable(graph_module, node):
+        if is_recordable(graph_module, node):
             run.append(node)
         elif run:
             yield run

@@ -32,7 +32,7 @@ from legocompress.export.program import (
     trace_program,
 )
 from legocompress.files import check_free, write_atomically
-from legocompress.models.checks import check_network
+from legocompress.models.checks import check_network, refuse_quantized
 from legocompress.models.inputs import name_inputs
 from legocompress.models.outputs import flatten_leaves, flatten_tensors
 
@@ -72,6 +72,7 @@ def export_onnx(
     Raises:
         UsageError: the form is unknown, the model is wrapped, compiled or scripted or holds a lazy
             layer, or the packages for ONNX are not installed.
+        QuantizationError: the network is quantised.
         ExportError: the network cannot be traced or expressed in ONNX, an input is not a float
             tensor, it is too large for one file, or ONNX Runtime computes other outputs than it.
         OutputExistsError: the file exists and `force` is not given.
@@ -80,6 +81,7 @@ def export_onnx(
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}; allowed are {', '.join(FORMS)}")
     check_network(model)
+    refuse_quantized(model, "export_onnx")
     onnx, runtime = _need("onnx"), _need("onnxruntime")
     _need("onnxscript")
     target = Path(path)

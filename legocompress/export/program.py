@@ -30,7 +30,7 @@ from legocompress.files import check_free, write_atomically
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.storage import TORCH_DTYPES, round_to_storage
 from legocompress.lego.surgery import to_dense_
-from legocompress.models.checks import check_network
+from legocompress.models.checks import check_network, refuse_quantized
 
 Form = Literal["lego", "assemble-at-load", "dense", "fused"]
 # Largest relative difference between an export and the network: float32 sums in another order.
@@ -186,6 +186,7 @@ def trace_program(module: nn.Module, *args: Any) -> ExportedProgram:
     """Export a module of batches (N, ...), and of dicts of fixed tensors, with a dynamic N.
 
     Raises:
+        QuantizationError: the network is quantised.
         ExportError: torch.export cannot follow the network.
     """
     batch = Dim("batch")
@@ -259,6 +260,7 @@ def export_program(
             "a torch.export program has 'lego', 'dense' and 'fused'"
         )
     check_network(model)
+    refuse_quantized(model, "export_program")
     target = Path(path)
     check_free(target, force)
     inputs = make_example_inputs(model, example_input, 3)

@@ -24,7 +24,7 @@ from legocompress.finetune.targets import count_outputs
 from legocompress.finetune.trainer import Trainer
 from legocompress.lego.module import ModelT
 from legocompress.lego.surgery import freeze_indices_
-from legocompress.models.checks import check_network
+from legocompress.models.checks import check_network, refuse_quantized
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.model_state import lego_state
 
@@ -74,6 +74,7 @@ def finetune_(
         OutputError: `out` cannot be written.
     """
     check_network(model)
+    refuse_quantized(model, "finetune_")
     if original is not None:
         check_network(original)
     processes = processes or Processes()

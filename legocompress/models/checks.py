@@ -1,4 +1,4 @@
-"""Refuse what is not a plain network with weights: wrapped, compiled, scripted or lazy ones."""
+"""Refuse networks that a step cannot take: wrapped, compiled, scripted, lazy or quantised ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from legocompress.errors import UsageError
+from legocompress.errors import QuantizationError, UsageError
+from legocompress.state.model_state import lego_state
 
 # Wrappers of torch by name of their class, since importing some of them takes seconds. A network
 # in a wrapper has other layer names, which neither a plan nor a checkpoint of the network fits.
@@ -67,6 +68,23 @@ def refuse_wrapper(model: Any) -> None:
                 else (f"pass its .{WRAPPED_AS[kind]}")
             )
             raise UsageError(f"{where} is {_describe(kind)}; {action}, and wrap the result again")
+
+
+def refuse_quantized(model: nn.Module, what: str) -> None:
+    """Check that a network is not quantised.
+
+    Args:
+        model: the network.
+        what: the function that cannot take a quantised one, for the error.
+
+    Raises:
+        QuantizationError: it is.
+    """
+    if lego_state(model).quantization is not None:
+        raise QuantizationError(
+            f"{what} takes a network in fp32, and this one is quantised; do it before quantize_, "
+            "or call unquantize_ to take the fp32 network with rounded weights behind it"
+        )
 
 
 def _find_wrapper(module: nn.Module) -> str | None:

@@ -46,7 +46,7 @@ class Deployment:
     `milliseconds` holds, for each layer, the median of each route in each memory format
     ('fused, nchw'); it is empty where the choices were not timed now. `notes` says which parts
     could not be traced or deployed, and why. `hint_used` is whether the choices of the checkpoint
-    were used.
+    were used. `precision` is 'int8' for a quantised network, of which nothing is timed.
     """
 
     choices: Choices
@@ -58,3 +58,4 @@ class Deployment:
     milliseconds: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     hint_used: bool = False
+    precision: str = "fp32"

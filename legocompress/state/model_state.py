@@ -9,6 +9,7 @@ from torch import fx, nn
 from legocompress.state.calibration import Calibration
 from legocompress.state.conversion import ConversionRecord
 from legocompress.state.deployment import Choices, Deployment
+from legocompress.state.quantization import Quantization
 from legocompress.state.source import Source
 
 NAME = "lego_state"
@@ -24,6 +25,7 @@ class LegoState:
         source: what rebuilds the network; None where nothing is known.
         conversion: what the conversion was asked for, and the recipe of a fine-tuning.
         calibration: what the network was calibrated with, and the effect.
+        quantization: how the network is quantised; None where it computes in floating point.
         choices: routes that `deploy_` has chosen, one entry per machine, threads and input sizes.
         deployment: what `deploy_` did; None while the network is not deployed.
     """
@@ -31,6 +33,7 @@ class LegoState:
     source: Source | None = None
     conversion: ConversionRecord | None = None
     calibration: Calibration | None = None
+    quantization: Quantization | None = None
     choices: tuple[Choices, ...] = ()
     deployment: Deployment | None = None
 

@@ -129,7 +129,7 @@ def renamed(name: str) -> Callable[[dict[str, Any]], None]:
         (lambda c: c.pop("compression_config"), "no compression_config"),
         (top(compression_config=[]), "no compression_config"),
         (top(compression_config="x"), "no compression_config"),
-        (block(format_version=2), "format version 2.*install a version"),
+        (block(format_version=3), "format version 3.*install a version"),
         (block(format_version=0), "format version 0"),
         (block(format_version="1"), "format version '1'"),
         (block(format_version=True), "format_version"),
