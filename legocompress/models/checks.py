@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from legocompress.errors import QuantizationError, UsageError
-from legocompress.state.model_state import lego_state
+from legocompress.state.model_state import quantization_of
 
 # Wrappers of torch by name of their class, since importing some of them takes seconds. A network
 # in a wrapper has other layer names, which neither a plan nor a checkpoint of the network fits.
@@ -80,7 +80,7 @@ def refuse_quantized(model: nn.Module, what: str) -> None:
     Raises:
         QuantizationError: it is.
     """
-    if lego_state(model).quantization is not None:
+    if quantization_of(model) is not None:
         raise QuantizationError(
             f"{what} takes a network in fp32, and this one is quantised; do it before quantize_, "
             "or call unquantize_ to take the fp32 network with rounded weights behind it"

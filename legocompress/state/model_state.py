@@ -49,3 +49,9 @@ def lego_state(model: nn.Module) -> LegoState:
     if isinstance(model, fx.GraphModule):
         model.meta.setdefault(PRESERVED, {})[NAME] = state
     return state
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """How a model is quantised, or None; the model gets no state by it."""
+    state = model.__dict__.get(NAME)
+    return state.quantization if isinstance(state, LegoState) else None
