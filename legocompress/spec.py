@@ -14,6 +14,7 @@ from legocompress.errors import PatternError, SpecError
 
 StorageDtype = Literal["fp32", "fp16", "bf16"]
 FilterDtype = Literal["fp32", "fp16", "bf16", "int8"]
+Share = Literal["layer", "stage", "network"]
 
 
 class _Value(BaseModel):
@@ -47,6 +48,7 @@ class Rule(_Value):
     k: int | None = Field(default=None, ge=1)
     coefficients: bool | None = None
     dtype: FilterDtype | None = None
+    share: Share | None = None
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -60,7 +62,7 @@ class Rule(_Value):
         if not colon or not pattern or not all(equals for _, equals, _ in pairs):
             raise SpecError(
                 f"rule {text!r} is not of the form PATTERN:key=value,... "
-                "(keys m, o, k, coefficients, dtype), such as 'layer4.*:m=0.25,o=4,k=4'"
+                "(keys m, o, k, coefficients, dtype, share), such as 'layer4.*:m=0.25,o=4,k=4'"
             )
         fields: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
         if len(fields) < len(pairs) or "pattern" in fields:
@@ -81,8 +83,12 @@ class LegoSpec(_Value):
         dtype: storage dtype of the Lego filters. Conversion rounds to the storage dtypes, so that
             the network that is measured is the network that is saved.
         coefficients_dtype: storage dtype of the coefficients.
-        rules: the first rule whose pattern matches a layer overrides its m, o, k, coefficients and
-            dtype.
+        share: which layers use one bank: none (`layer`), those that run at one resolution
+            (`stage`), or all (`network`). Only fragments of one shape share a bank, so the layers
+            are cut into fragments of the narrowest of them where their channels allow it. A shared
+            bank has as many filters as the banks of its layers would have had together.
+        rules: the first rule whose pattern matches a layer overrides its m, o, k, coefficients,
+            dtype and share.
         only: patterns of the layers to convert; by default all that can be.
         skip: patterns of the layers not to convert.
         linear: convert Linear layers too.
@@ -102,6 +108,7 @@ class LegoSpec(_Value):
     coefficients: bool = True
     dtype: FilterDtype = "fp32"
     coefficients_dtype: StorageDtype = "fp16"
+    share: Share = "layer"
     rules: tuple[Rule, ...] = ()
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -122,13 +129,20 @@ class LegoSpec(_Value):
 
     def model_post_init(self, context: Any) -> None:
         """Refuse m > 1 unless expansion is allowed: such a bank has more filters than outputs."""
-        for where, m in [("m", self.m), *((f"rule {r.pattern!r} m", r.m) for r in self.rules)]:
-            if m is not None and m > 1 and not self.allow_expansion:
+        rules = [(f"rule {r.pattern!r} m", r.m, r.share or self.share) for r in self.rules]
+        for where, m, share in [("m", self.m, self.share), *rules]:
+            is_expanding = m is not None and m > 1 and share == "layer"
+            if is_expanding and not self.allow_expansion:
                 raise SpecError(
                     f"{where}={m:g} would make more Lego filters than output channels, which is "
                     "slower and larger than dense; allowed is 0 < m <= 1, or pass allow_expansion "
                     "(--allow-expansion) if that is meant"
                 )
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether layers are asked to share banks: by the general setting, or by a rule."""
+        return any(s not in (None, "layer") for s in (self.share, *(r.share for r in self.rules)))
 
     def for_layer(self, name: str) -> LegoSpec:
         """The settings of one layer: the general ones, changed by the first rule that matches."""

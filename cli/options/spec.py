@@ -61,6 +61,13 @@ spec_options: Callable[[CommandT], CommandT] = combine_options(
             help="Storage dtype of the Lego filters; int8 stores one scale per filter.",
         ),
         click.option(
+            "--share",
+            type=click.Choice(["layer", "stage", "network"]),
+            default="layer",
+            show_default=True,
+            help="Which layers use one bank: each its own, those of one resolution, or all.",
+        ),
+        click.option(
             "--rule",
             "rules",
             multiple=True,

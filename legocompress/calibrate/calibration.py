@@ -26,11 +26,11 @@ from legocompress.calibrate.joint import (
     tune_at_chosen_rate_,
 )
 from legocompress.calibrate.journal import Journal, hash_states, hash_tensors
-from legocompress.calibrate.layers import HELD_OUT, read_unit, repair_layers, write_unit_
+from legocompress.calibrate.layers import HELD_OUT, repair_layers, round_bank_
 from legocompress.calibrate.preconditions import check_images, check_networks, check_outputs
 from legocompress.data.memory import reusing_memory
 from legocompress.errors import DataError
-from legocompress.lego.module import lego_modules
+from legocompress.lego.module import lego_banks, lego_modules
 from legocompress.models.checks import check_network, refuse_quantized
 from legocompress.models.in_place import explain_in_place
 from legocompress.models.output_errors import OutputErrors, compare_outputs
@@ -160,8 +160,8 @@ def calibrate_(
         def tune_together_() -> None:
             tuning = _prepare_tuning(model, original, used, front.passed, batch_size, seed)
             tune_at_chosen_rate_(model, partial(tune_, tuning), judge, epochs, on_batch)
-            for _, layer in lego_modules(model):
-                write_unit_(layer, read_unit(layer))
+            for bank in lego_banks(model):
+                round_bank_([layer for _, layer in bank])
 
         with explain_in_place("; epochs=0 (--epochs 0) repairs the layers without this tuning"):
             tuned = epochs > 0 and _keep_if_better(model, judge, tune_together_)
@@ -214,9 +214,10 @@ def _prepare_tuning(
 
 
 def lego_values(model: nn.Module) -> list[nn.Parameter]:
-    """List the Lego filters and coefficients of all layers."""
+    """List the Lego filters and coefficients of all layers; a shared bank once."""
     pairs = [(layer.lego_filters, layer.coefficients) for _, layer in lego_modules(model)]
-    return [value for pair in pairs for value in pair if value is not None]
+    values = {id(value): value for pair in pairs for value in pair if value is not None}
+    return list(values.values())
 
 
 def _keep_if_better(

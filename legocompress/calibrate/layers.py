@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from torch import Tensor
 from legocompress.calibrate.front import Front
 from legocompress.calibrate.journal import Journal
 from legocompress.calibrate.moments import Moments
-from legocompress.calibrate.solve import fit_unit
+from legocompress.calibrate.solve import fit_slots, fit_unit
 from legocompress.calibrate.stream import Call, run_to
-from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.module import LegoModule, lego_banks, lego_modules
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import balance_scales, round_to_storage
 from legocompress.lego.unit import LegoUnit
@@ -30,12 +30,17 @@ WIDEST = 6_144  # values of a patch whose products are kept all together
 def repair_layers(front: Front, seed: int, journal: Journal | None = None) -> Iterator[LayerRepair]:
     """Repair each Lego layer in the order in which they run, and tell about it.
 
+    Of a layer that shares its bank, only index and coefficients change: the layers before it have
+    been fitted to the bank as it is.
+
     Args:
         front: the original and the network with Lego modules, both in eval mode, and images.
         seed: of the sampled pixels and the clustering.
         journal: of layers repaired before.
     """
     layers = dict(lego_modules(front.networks[1]))
+    banks = lego_banks(front.networks[1])
+    shared = {name for bank in banks if len(bank) > 1 for name, _ in bank}
     for name in layers:
         if name not in front.steps:
             yield LayerRepair(name=name, note="never ran")
@@ -44,13 +49,14 @@ def repair_layers(front: Front, seed: int, journal: Journal | None = None) -> It
         front.advance(name)
         row = None if journal is None else journal.take_(name, layers[name])
         if row is None:
-            row = _repair(front, name, layers[name], (1_000_003 * seed + number) % 2**63)
+            number_seed = (1_000_003 * seed + number) % 2**63
+            row = _repair(front, name, layers[name], number_seed, name in shared)
             if journal is not None:
                 journal.put(row, layers[name])
         yield row
 
 
-def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepair:
+def _repair(front: Front, name: str, layer: LegoModule, seed: int, is_shared: bool) -> LayerRepair:
     calls, n_calls = next(_calls(front, name))[1], front.steps[name].calls
     if len(calls) != n_calls:
         return LayerRepair(name=name, note=f"runs {len(calls)} convs in {n_calls} calls")
@@ -63,7 +69,11 @@ def _repair(front: Front, name: str, layer: LegoModule, seed: int) -> LayerRepai
     if before < EXACT:
         return LayerRepair(name=name, before=before**0.5, after=before**0.5)
     state = {key: value.clone() for key, value in layer.state_dict().items()}
-    write_unit_(layer, fit_unit(layer.lego_shape, read_unit(layer), moments, held_out, seed))
+    shape, unit = layer.lego_shape, read_unit(layer)
+    if is_shared:
+        write_slots_(layer, fit_slots(shape, unit, moments, held_out))
+    else:
+        write_unit_(layer, fit_unit(shape, unit, moments, held_out, seed))
     # Read the effective weight again, since the class of the layer may standardise it.
     after = held_out.error(pad_channels(layer.lego_shape, next(_calls(front, name))[1][0].weight))
     if not after < before:
@@ -136,6 +146,37 @@ def write_unit_(layer: LegoModule, unit: LegoUnit) -> None:
     layer.lego_filters.copy_(round_to_storage(filters, layer.storage_dtype))
     layer.index.copy_(unit.index)
     layer.frozen_weight = None
+
+
+@torch.no_grad()
+def write_slots_(layer: LegoModule, unit: LegoUnit) -> None:
+    """Write index and coefficients of a unit into the layer, rounded to their storage dtype."""
+    if layer.coefficients is not None:
+        assert unit.coefficients is not None
+        layer.coefficients.copy_(round_to_storage(unit.coefficients, layer.coefficients_dtype))
+    layer.index.copy_(unit.index)
+    layer.frozen_weight = None
+
+
+@torch.no_grad()
+def round_bank_(modules: Sequence[LegoModule]) -> None:
+    """Round the modules of one bank to their storage dtypes, their coefficients scaled to fit."""
+    if len(modules) == 1:
+        return write_unit_(modules[0], read_unit(modules[0]))
+    bank = modules[0].lego_filters
+    units = [read_unit(module) for module in modules]
+    gains = [unit.coefficients for unit in units if unit.coefficients is not None]
+    filters = bank.detach().float()
+    scale = 1.0
+    if gains:
+        largest = torch.stack([gain.abs().max() for gain in gains]).max()
+        filters, scaled = balance_scales(filters, largest)
+        scale = float(scaled / largest) if largest > 0 else 1.0
+    bank.copy_(round_to_storage(filters, modules[0].storage_dtype))
+    for module, unit in zip(modules, units, strict=True):
+        if unit.coefficients is not None:
+            unit = unit._replace(coefficients=unit.coefficients * scale)
+        write_slots_(module, unit)
 
 
 def sample(

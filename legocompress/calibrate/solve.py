@@ -53,6 +53,25 @@ def fit_unit(
     return best
 
 
+def fit_slots(shape: UnitShape, unit: LegoUnit, moments: Moments, held_out: Moments) -> LegoUnit:
+    """Fit index and coefficients alone, for a bank that other layers use, too.
+
+    Rounds of `improve_slots` end when the error on `held_out` no longer falls; the best round is
+    returned.
+    """
+    best, least = unit, held_out.error(padded_filters(shape, unit))
+    for _ in range(ROUNDS):
+        unit = improve_slots(shape, unit, moments)
+        error = held_out.error(padded_filters(shape, unit))
+        if not error < least:
+            break
+        done = error > least * (1 - IMPROVEMENT)
+        best, least = unit, error
+        if done:
+            break
+    return best
+
+
 def _restart(unit: LegoUnit, moments: Moments, seed: int) -> LegoUnit:
     o, n, k = unit.index.shape
     rows = moments.solve().reshape(n, o, -1).transpose(0, 1).reshape(o * n, -1).double()

@@ -21,7 +21,7 @@ from legocompress.state.deployment import Choices
 from legocompress.state.quantization import Quantization
 from legocompress.state.source import Source
 
-FORMAT_VERSION = 2  # 1 has no quantisation; folders without one are still written as 1
+FORMAT_VERSION = 2  # 1 has no quantisation and no shared banks; folders without are written as 1
 VERSIONS = (1, 2)
 VERSION = version("legocompress")
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -33,7 +33,11 @@ class _Strict(BaseModel):
 
 
 class LayerConfig(_Strict):
-    """The settings of a Lego module that its tensors do not show."""
+    """The settings of a Lego module that its tensors do not show.
+
+    `bank` names the layer whose Lego filters this one uses; None if they are stored under its own
+    name.
+    """
 
     n_lego: int = Field(ge=1, le=2**31)
     n_split: int = Field(ge=1, le=2**31)
@@ -42,6 +46,7 @@ class LayerConfig(_Strict):
     coefficients_dtype: StorageDtype | None
     memory_dtype: Literal["float32", "float16", "bfloat16", "float64"]
     weight_error: float | None = None
+    bank: str | None = None
 
 
 class CompressionConfig(_Strict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from legocompress.errors import CheckpointError, LegoError, SpecError, UsageErro
 from legocompress.lego.module import LegoModule, lego_modules
 from legocompress.lego.shape import UnitShape
 from legocompress.lego.storage import TORCH_DTYPES, dequantize_filters
-from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.lego.surgery import become_lego_, guard_fusing_, share_bank_
 from legocompress.lego.unit import LegoUnit
 from legocompress.models.checks import check_network
 from legocompress.models.factory import create
@@ -147,13 +148,20 @@ def _rebuild(folder: Path, source: Source, block: CompressionConfig, file: Any) 
 
 def _become_(model: nn.Module, block: CompressionConfig, file: Any) -> None:
     """Turn layers of the dense model into Lego modules, and load the tensors of the file."""
+    _check_banks(block)
+    members = Counter(layer.bank for layer in block.layers.values() if layer.bank is not None)
     for name, layer in block.layers.items():
-        _become_layer_(model, name, layer, file)
+        if layer.bank is None:
+            _become_layer_(model, name, layer, file, is_shared=name in members)
+    owners = dict(lego_modules(model))
+    for name, layer in block.layers.items():
+        if layer.bank is not None:
+            _become_layer_(model, name, layer, file, is_shared=True, owner=owners[layer.bank])
     tensors = list_unique_tensors(model)
     scales = {
         scales_name(_join_name(name, "lego_filters"))
         for name, layer in block.layers.items()
-        if layer.dtype == "int8"
+        if layer.dtype == "int8" and layer.bank is None
     }
     weights = _int8_weights(model, block, tensors)
     stored = set(file.keys()) - scales - {scales_name(name) for name in weights}
@@ -230,12 +238,49 @@ def _join_name(owner: str, leaf: str) -> str:
     return f"{owner}.{leaf}" if owner else leaf
 
 
-def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -> None:
+def _check_banks(block: CompressionConfig) -> None:
+    """Check that every shared bank is stored by another layer of the same settings.
+
+    A layer that stores a bank uses no other one, so there are no chains and no circles.
+    """
+    for name, layer in block.layers.items():
+        if layer.bank is None:
+            continue
+        owner = block.layers.get(layer.bank)
+        if block.format_version < 2:
+            raise CheckpointError(
+                f"layer {name!r} shares the bank {layer.bank!r}, which format version "
+                f"{block.format_version} does not know"
+            )
+        if owner is None or owner.bank is not None:
+            raise CheckpointError(
+                f"layer {name!r} shares the bank {layer.bank!r}, which "
+                + ("is no Lego layer" if owner is None else "stores no bank itself")
+            )
+        for field in ("n_lego", "dtype", "memory_dtype"):
+            if getattr(layer, field) != getattr(owner, field):
+                raise CheckpointError(
+                    f"layer {name!r} shares the bank {layer.bank!r}, but has {field} "
+                    f"{getattr(layer, field)!r} instead of {getattr(owner, field)!r}"
+                )
+
+
+def _become_layer_(
+    model: nn.Module,
+    name: str,
+    layer: LayerConfig,
+    file: Any,
+    is_shared: bool,
+    owner: LegoModule | None = None,
+) -> None:
+    """Turn a layer into a Lego module without values, on the bank of its `owner` if it has one."""
     module = _find(model, name)
     n_out, channels, *kernel = module.weight.shape
     kh, kw = kernel or (1, 1)
     groups = module.groups if isinstance(module, nn.Conv2d) else 1
-    if layer.n_split > channels or layer.n_lego > layer.n_split * n_out:
+    # A shared bank may hold more filters than one layer has fragments.
+    has_too_many = layer.n_lego > layer.n_split * n_out and not is_shared
+    if layer.n_split > channels or has_too_many:
         raise CheckpointError(
             f"layer {name!r}: n_split={layer.n_split} and n_lego={layer.n_lego} do not fit "
             f"a weight of shape {tuple(module.weight.shape)}"
@@ -246,20 +291,29 @@ def _become_layer_(model: nn.Module, name: str, layer: LayerConfig, file: Any) -
     slots = (shape.n_split, n_out, shape.n_terms)
     # Checked before memory is taken for these sizes.
     bank = (shape.n_lego, shape.width, kh, kw)
-    _check_shape(file, _join_name(name, "lego_filters"), bank)
+    if owner is None:
+        _check_shape(file, _join_name(name, "lego_filters"), bank)
+    elif tuple(owner.lego_filters.shape) != bank:
+        raise CheckpointError(
+            f"layer {name!r} shares the bank {layer.bank!r} of shape "
+            f"{tuple(owner.lego_filters.shape)}, but needs {bank}"
+        )
     _check_shape(file, _join_name(name, "index"), (count_packed_bytes(shape),))
     empty: Callable[..., Tensor] = torch.empty
-    become_lego_(
+    lego = become_lego_(
         module,
         shape,
         LegoUnit(
-            empty(bank),
+            empty(bank) if owner is None else owner.lego_filters.detach(),
             torch.empty(slots, dtype=torch.int64),
             None if layer.coefficients_dtype is None else empty(slots),
         ),
         layer.dtype,
         layer.coefficients_dtype or "fp16",
-    ).weight_error = layer.weight_error
+    )
+    lego.weight_error = layer.weight_error
+    if owner is not None:
+        share_bank_([owner, lego])
 
 
 def _check_shape(file: Any, name: str, shape: tuple[int, ...]) -> None:

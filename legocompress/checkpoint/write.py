@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import reparameterize_model
@@ -22,7 +23,7 @@ from legocompress.checkpoint.config import (
 )
 from legocompress.errors import CheckpointError, LegoError, OutputExistsError, UsageError
 from legocompress.files import check_free, write_atomically, write_tensors
-from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.module import LegoModule, lego_banks, lego_modules
 from legocompress.models.checks import check_network
 from legocompress.models.factory import build
 from legocompress.models.source import source_of
@@ -53,7 +54,8 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         OutputError: it cannot be written.
     """
     check_network(model)
-    layers = {name: _layer_config(module) for name, module in lego_modules(model)}
+    banks = {name: bank[0][0] for bank in lego_banks(model) for name, _ in bank[1:]}
+    layers = {name: _layer_config(module, banks.get(name)) for name, module in lego_modules(model)}
     quantization = active_quantization(model)
     if not layers and quantization is None:
         raise CheckpointError(
@@ -61,8 +63,10 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         )
     source = _find_rebuildable_source(model, source_of(model))
     record = lego_state(model).conversion
+    asked = record.spec.is_sharing if isinstance(record, ConversionRecord) else False
+    is_sharing = bool(banks) or asked
     block = CompressionConfig(
-        format_version=1 if quantization is None else FORMAT_VERSION,
+        format_version=1 if quantization is None and not is_sharing else FORMAT_VERSION,
         legocompress_version=VERSION,
         library=source.library,
         reparameterized=source.reparameterized,
@@ -80,6 +84,8 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
     config["compression_config"] = block.model_dump(mode="json")
     if quantization is None:
         del config["compression_config"]["quantization"]
+    if not is_sharing:
+        _leave_out_sharing_(config["compression_config"])
     text = format_config(config)
     target = Path(path)
     check_target(target, force)
@@ -87,6 +93,14 @@ def save(model: nn.Module, path: str | Path, force: bool = False) -> Path:
         write_tensors(encode(model), folder / TENSORS)
         (folder / CONFIG).write_text(text)
     return target
+
+
+def _leave_out_sharing_(block: dict[str, Any]) -> None:
+    """Remove the keys about shared banks, which readers of format version 1 do not know."""
+    for layer in block["layers"].values():
+        del layer["bank"]
+    for settings in [] if block["spec"] is None else [block["spec"], *block["spec"]["rules"]]:
+        del settings["share"]
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -99,7 +113,7 @@ def check_target(target: Path, force: bool) -> None:
         )
 
 
-def _layer_config(module: LegoModule) -> LayerConfig:
+def _layer_config(module: LegoModule, bank: str | None) -> LayerConfig:
     shape = module.lego_shape
     return LayerConfig(
         n_lego=shape.n_lego,
@@ -109,6 +123,7 @@ def _layer_config(module: LegoModule) -> LayerConfig:
         coefficients_dtype=None if module.coefficients is None else module.coefficients_dtype,
         memory_dtype=str(module.lego_filters.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         weight_error=module.weight_error,
+        bank=bank,
     )
 
 

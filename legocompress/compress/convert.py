@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from legocompress.compress.eligibility import explain_unsupported
-from legocompress.compress.factorize import dense_weight, factorize, relative_error
+from legocompress.compress.factorize import (
+    dense_weight,
+    factorize,
+    factorize_bank,
+    relative_error,
+)
 from legocompress.compress.plan_types import LayerPlan, Plan
 from legocompress.compress.sharing import find_shared_weights
 from legocompress.errors import ConversionError, PlanError
 from legocompress.lego.algebra import assemble
 from legocompress.lego.module import LegoModule, ModelT
-from legocompress.lego.surgery import become_lego_, guard_fusing_
+from legocompress.lego.surgery import become_lego_, guard_fusing_, share_bank_
 from legocompress.models.checks import refuse_quantized, refuse_wrapper
 from legocompress.models.reparameterization import fused_copy
 from legocompress.models.source import source_of
@@ -58,8 +63,12 @@ def convert_(
         select_planned_layers(fuse_for_plan(model), plan)  # fail before anything is changed
         model = reparameterize_model(model.eval(), inplace=True)
     layers = select_planned_layers(model, plan)
-    for name, row in plan.layers.items():
-        _convert_layer_(layers[name], row, seed)
+    banks = list_banks(plan)
+    for row in plan.layers.values():
+        if row.bank is None:
+            _convert_layer_(layers[row.name], row, seed)
+        elif row.name == row.bank:
+            _convert_bank_(layers, banks[row.bank], seed)
         if on_layer is not None:
             on_layer(row)
     guard_fusing_(model)
@@ -146,6 +155,34 @@ def _find(model: nn.Module, row: LayerPlan) -> nn.Conv2d | nn.Linear:
     ):
         raise PlanError(f"layer {row.name!r} is not the one that the plan was made for")
     return layer
+
+
+def list_banks(plan: Plan) -> dict[str, list[LayerPlan]]:
+    """The rows that share a bank, by the name of the bank."""
+    banks: dict[str, list[LayerPlan]] = {}
+    for row in plan.layers.values():
+        if row.bank is not None:
+            banks.setdefault(row.bank, []).append(row)
+    return banks
+
+
+def _convert_bank_(
+    layers: dict[str, nn.Conv2d | nn.Linear], rows: list[LayerPlan], seed: int
+) -> None:
+    shapes = [row.shape for row in rows if row.shape is not None]
+    spec = rows[0].spec
+    assert spec is not None
+    pairs = zip(rows, shapes, strict=True)
+    weights = [dense_weight(layers[row.name], shape) for row, shape in pairs]
+    units = factorize_bank(weights, shapes, spec, seed)
+    modules = []
+    for row, shape, weight, unit in zip(rows, shapes, weights, units, strict=True):
+        error = relative_error(weight, assemble(shape, unit))
+        layer = layers[row.name]
+        module = become_lego_(layer, shape, unit, spec.dtype, spec.coefficients_dtype)
+        module.weight_error = error
+        modules.append(module)
+    share_bank_(modules)
 
 
 def _convert_layer_(layer: nn.Conv2d | nn.Linear, row: LayerPlan, seed: int) -> LegoModule:

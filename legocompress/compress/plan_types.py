@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from legocompress.lego.costs import lego_macs, lego_params, unit_bits
+from legocompress.lego.costs import bank_bits, lego_macs, lego_params, unit_bits
 from legocompress.lego.shape import UnitShape
 from legocompress.spec import LegoSpec
 
@@ -15,7 +15,8 @@ class LayerPlan:
 
     `reason` says why the layer stays dense. It is None where the layer is converted, and only then
     `shape` and `spec` are set. Bits are ideal bits. MACs are for one input of the probed size, and
-    None where the layer did not run.
+    None where the layer did not run. `bank` is the name of the first layer that uses the same bank
+    of Lego filters; the bank counts there, and not in the other layers.
     """
 
     name: str
@@ -29,6 +30,7 @@ class LayerPlan:
     shape: UnitShape | None = None
     spec: LegoSpec | None = None
     pixels: int | None = None
+    bank: str | None = None
 
     @property
     def converted(self) -> bool:
@@ -36,18 +38,25 @@ class LayerPlan:
         return self.reason is None
 
     @property
+    def has_own_bank(self) -> bool:
+        """Whether the bank counts here: no other layer uses it, or only later ones do."""
+        return self.bank is None or self.bank == self.name
+
+    @property
     def params(self) -> int:
         """Number of values after conversion: bank and coefficients, or the dense weight."""
         if self.shape is None or self.spec is None:
             return self.dense_params
-        return lego_params(self.shape, self.spec.coefficients)
+        bank = 0 if self.has_own_bank else self.shape.n_filter_values
+        return lego_params(self.shape, self.spec.coefficients) - bank
 
     @property
     def bits(self) -> int:
         """Ideal bits of the weight after conversion."""
         if self.shape is None or self.spec is None:
             return self.dense_bits
-        return unit_bits(self.shape, self.spec)
+        bank = 0 if self.has_own_bank else bank_bits(self.shape, self.spec)
+        return unit_bits(self.shape, self.spec) - bank
 
     @property
     def proxy_params(self) -> int:

@@ -11,6 +11,7 @@ from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from legocompress.compress.banks import share_banks
 from legocompress.compress.custom_computation import explain_custom_computation, explain_name_clash
 from legocompress.compress.eligibility import (
     explain_unsupported,
@@ -85,6 +86,7 @@ def plan(
             row = replace(row, dense_params=0, dense_bits=0)
         counted.add(id(weight))
         rows.append(row)
+    rows = list(share_banks(rows, dict(layers)))
     check_splits(spec, rows)
     others = [p for p in model.parameters() if id(p) not in counted and not is_lazy(p)]
     return Plan(
@@ -147,7 +149,8 @@ def _plan_layer(
     if reason is None:
         ours = spec.for_layer(name)
         shape = choose_shape(row, ours)
-        reason = explain_no_gain(shape, ours, row.dense_bits)
+        if ours.share == "layer":  # whether a shared bank pays depends on all its layers
+            reason = explain_no_gain(shape, ours, row.dense_bits)
         row = replace(row, shape=shape, spec=ours)
     return row if reason is None else replace(row, reason=reason, shape=None, spec=None)
 

@@ -27,7 +27,7 @@ from legocompress.export.interface import (
     measure_differences,
 )
 from legocompress.files import check_free, write_atomically
-from legocompress.lego.module import LegoModule, lego_modules
+from legocompress.lego.module import LegoModule, lego_banks, lego_modules
 from legocompress.lego.storage import TORCH_DTYPES, round_to_storage
 from legocompress.lego.surgery import to_dense_
 from legocompress.models.checks import check_network, refuse_quantized
@@ -53,27 +53,34 @@ class Exported:
 
 
 class StoredUnit(nn.Module):
-    """The stored tensors of a Lego unit: values in storage dtypes, a narrow index."""
+    """The stored tensors of a Lego unit: values in storage dtypes, a narrow index.
 
-    filters: Tensor
+    Args:
+        module: the Lego module.
+        holds_bank: whether the filters are stored here; no if another unit stores the same bank.
+    """
+
+    filters: Tensor | None
     scales: Tensor | None
     index: Tensor
     coefficients: Tensor | None
 
-    def __init__(self, module: LegoModule) -> None:
+    def __init__(self, module: LegoModule, holds_bank: bool = True) -> None:
         super().__init__()
-        filters, *scales = encode_filters(
-            "", module.lego_filters.detach(), module.storage_dtype
-        ).values()
-        self.register_buffer("filters", filters.clone())
+        filters: Tensor | None = None
+        scales: list[Tensor] = []
+        if holds_bank:
+            bank, dtype = module.lego_filters.detach(), module.storage_dtype
+            filters, *scales = (t.clone() for t in encode_filters("", bank, dtype).values())
+        self.register_buffer("filters", filters)
         self.register_buffer("scales", scales[0] if scales else None)
         self.register_buffer("index", module.index.to(index_dtype(module.lego_shape.n_lego)))
         gains = None
         if module.coefficients is not None:
-            dtype = module.coefficients_dtype
+            stored = module.coefficients_dtype
             gains = (
-                round_to_storage(module.coefficients.detach(), dtype)
-                .to(TORCH_DTYPES[dtype])
+                round_to_storage(module.coefficients.detach(), stored)
+                .to(TORCH_DTYPES[stored])
                 .clone()
             )
         self.register_buffer("coefficients", gains)
@@ -81,9 +88,9 @@ class StoredUnit(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         """Decode the tensors that the Lego module computes with: name in the module -> tensor."""
         tensors = {"index": self.index.to(torch.int64)}
-        if self.scales is None:
+        if self.filters is not None and self.scales is None:
             tensors["lego_filters"] = self.filters.to(torch.float32)
-        else:
+        elif self.filters is not None and self.scales is not None:
             scales = self.scales.to(torch.float32).reshape(-1, *[1] * (self.filters.dim() - 1))
             tensors["lego_filters"] = self.filters.to(torch.float32) * scales
         if self.coefficients is not None:
@@ -99,16 +106,23 @@ def index_dtype(n_lego: int) -> torch.dtype:
 
 
 class Hollow(nn.Module):
-    """A network that takes its Lego units as the last argument, so that no tool can fold them."""
+    """A network that takes its Lego units as the last argument, so that no tool can fold them.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the network.
+        shared: the name of filters that are the bank of another layer -> the name of that bank.
+    """
+
+    def __init__(self, model: nn.Module, shared: dict[str, str]) -> None:
         super().__init__()
         self.model = model
+        self.shared = shared
 
     def forward(self, *inputs: Any) -> Any:
         """Run the network on all inputs but the last, the units: full name -> tensor of a layer."""
         *images, units = inputs
-        return functional_call(self.model, units, tuple(images))
+        banks = {name: units[bank] for name, bank in self.shared.items()}
+        return functional_call(self.model, {**units, **banks}, tuple(images))
 
 
 class _SelfContained(nn.Module):
@@ -139,9 +153,14 @@ def make_hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, St
     the form 'assemble-at-load', it takes the route 'assemble'.
     """
     copied = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format).cpu().eval()
+    shared = {
+        join_name(name, "lego_filters"): join_name(bank[0][0], "lego_filters")
+        for bank in lego_banks(copied)
+        for name, _ in bank[1:]
+    }
     units = {}
     for name, module in lego_modules(copied):
-        units[name] = StoredUnit(module)
+        units[name] = StoredUnit(module, join_name(name, "lego_filters") not in shared)
         module.route = (
             "reference" if form == "lego" and "reference" in module.routes() else "assemble"
         )
@@ -150,7 +169,7 @@ def make_hollow_copy(model: nn.Module, form: Form) -> tuple[Hollow, dict[str, St
         module.index = torch.empty(0, dtype=torch.int64)
         if module.coefficients is not None:
             module.coefficients = nn.Parameter(torch.empty(0))
-    return Hollow(copied), units
+    return Hollow(copied, shared), units
 
 
 def build_reference(model: nn.Module, form: Form) -> nn.Module:

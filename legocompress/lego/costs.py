@@ -56,6 +56,12 @@ def lego_macs(shape: UnitShape, pixels: int, used: float = 1.0) -> int:
     return (transform + shape.n_slots) * pixels
 
 
+def bank_bits(shape: UnitShape, spec: LegoSpec) -> int:
+    """Ideal bits of the bank of a Lego unit under the storage dtype of `spec`."""
+    values = shape.n_filter_values * STORAGE_BITS[spec.dtype]
+    return values + shape.n_lego * SCALE_BITS.get(spec.dtype, 0)
+
+
 def unit_bits(shape: UnitShape, spec: LegoSpec) -> int:
     """Ideal bits of one Lego unit under the storage dtypes of `spec`."""
     coefficient_bits = STORAGE_BITS[spec.coefficients_dtype] if spec.coefficients else 0

@@ -34,6 +34,7 @@ class LegoModule(nn.Module):
 
     Parameters: `lego_filters` (m, q, kh, kw) and `coefficients` (o, n, k; None in the binary form).
     Buffer: `index` (o, n, k, int64). Every read of `weight` assembles the dense weight from them.
+    Modules that share a bank hold one and the same parameter `lego_filters`.
     While the index trains there is also a parameter `proxy` (o, n, m), and the index is its top k.
     """
 
@@ -297,6 +298,14 @@ def is_channels_last(weight: Tensor) -> bool:
     if weight.dim() != 4 or weight.is_contiguous():
         return False
     return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def lego_banks(model: nn.Module) -> list[list[tuple[str, LegoModule]]]:
+    """Group the Lego modules of a model by their bank, each group in the order of the model."""
+    banks: dict[int, list[tuple[str, LegoModule]]] = {}
+    for name, module in lego_modules(model):
+        banks.setdefault(id(module.lego_filters), []).append((name, module))
+    return list(banks.values())
 
 
 def lego_modules(model: nn.Module) -> Iterator[tuple[str, LegoModule]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from legocompress.errors import DenseOnlyError
+from legocompress.errors import ConversionError, DenseOnlyError
 from legocompress.lego.module import (
     LegoModule,
     ModelT,
@@ -69,6 +70,30 @@ def become_lego_(
     module._route = "assemble"
     module._watch = None
     return module
+
+
+def share_bank_(modules: Sequence[LegoModule]) -> None:
+    """Let Lego modules use the bank of the first of them: one parameter that all of them hold.
+
+    As with any parameter that has several names in PyTorch, `parameters()` yields it once, copies
+    of the network share it again, and a module that is replaced or removed leaves the others as
+    they are.
+
+    Raises:
+        ConversionError: the banks differ in shape, dtype, device or storage dtype.
+    """
+    kinds = {
+        (m.lego_filters.shape, m.lego_filters.dtype, m.lego_filters.device, m.storage_dtype)
+        for m in modules
+    }
+    if len(kinds) > 1:
+        raise ConversionError(
+            "layers can share a bank only if their Lego filters agree in shape, dtype, device and "
+            f"storage dtype; these are {' and '.join(sorted(str(kind) for kind in kinds))}"
+        )
+    for module in modules[1:]:
+        module.lego_filters = modules[0].lego_filters
+        module.frozen_weight = None
 
 
 def become_dense_(module: LegoModule) -> nn.Conv2d | nn.Linear:

@@ -66,7 +66,8 @@ def measure(
 def _layer_rows(model: nn.Module, calls: dict[nn.Module, Calls]) -> tuple[LayerReport, ...]:
     """Report each layer in the order in which the layers run, then all other parameters in a row.
 
-    A layer whose weight an earlier row has counted (shared weights) gets no row.
+    A dense layer whose weight an earlier row has counted (shared weights) gets no row. Of Lego
+    layers that share a bank, the first row counts it.
     """
     record = lego_state(model).conversion
     skipped = record.skipped if isinstance(record, ConversionRecord) else {}
@@ -76,12 +77,14 @@ def _layer_rows(model: nn.Module, calls: dict[nn.Module, Calls]) -> tuple[LayerR
     counted: set[int] = set()
     for name, layer in layers:
         weights = _weights(layer)
-        if any(id(weight) in counted for weight in weights):
+        is_lego = isinstance(layer, LegoModule)
+        has_counted_bank = is_lego and id(layer.lego_filters) in counted
+        if any(id(weight) in counted for weight in weights) and not is_lego:
             continue
         counted.update(id(weight) for weight in weights)
         pixels = calls[layer].pixels if layer in calls else None
         if isinstance(layer, LegoModule):
-            rows.append(_lego_row(name, layer, pixels))
+            rows.append(_lego_row(name, layer, pixels, not has_counted_bank))
         else:
             rows.append(_dense_row(name, layer, pixels, skipped.get(name)))
     rows.append(_other_row([p for p in model.parameters() if id(p) not in counted]))
@@ -97,13 +100,18 @@ def _folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
+def _lego_row(name: str, layer: LegoModule, pixels: int | None, counts_bank: bool) -> LayerReport:
     shape = layer.lego_shape
     has_coefficients = layer.coefficients is not None
     memory_bits = 8 * layer.lego_filters.element_size()
     coefficient_bits = STORAGE_BITS[layer.coefficients_dtype] if has_coefficients else 0
     storage = layer.storage_dtype
     bits = lego_bits(shape, STORAGE_BITS[storage], coefficient_bits, SCALE_BITS.get(storage, 0))
+    params = lego_params(shape, has_coefficients)
+    if not counts_bank:
+        bits -= shape.n_filter_values * STORAGE_BITS[storage]
+        bits -= shape.n_lego * SCALE_BITS.get(storage, 0)
+        params -= shape.n_filter_values
     dense = dense_params(shape)
     macs = macs_used_only = None
     if pixels is not None:
@@ -119,7 +127,7 @@ def _lego_row(name: str, layer: LegoModule, pixels: int | None) -> LayerReport:
         n_split=shape.n_split,
         n_terms=shape.n_terms,
         dense_params=dense,
-        params=lego_params(shape, has_coefficients),
+        params=params,
         dense_bits=dense * memory_bits,
         bits=bits,
         dense_macs=None if pixels is None else dense * pixels,

@@ -48,7 +48,7 @@ def test_the_config_is_one_that_timm_reads(tmp_path: Path) -> None:
     assert config["model_args"] == {**SMALL, "num_classes": 10}
     assert config["pretrained_cfg"]["input_size"] == [3, 224, 224]
     block = config["compression_config"]
-    assert block["format_version"] == 1 < FORMAT_VERSION  # 2 is for quantised networks
+    assert block["format_version"] == 1 < FORMAT_VERSION  # 2: quantised, or shared banks
     assert block["spec"]["m"] == 0.7
     unit = block["layers"]["layer1.0.conv2"]
     assert (unit["n_lego"], unit["n_split"], unit["n_terms"]) == (6, 2, 1)
