@@ -45,7 +45,7 @@ def attach_unit_(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form)
     add_widened(join_name(name, "index"), unit.index, torch.int64)
     if unit.coefficients is not None:
         add_widened(join_name(name, "coefficients"), unit.coefficients, torch.float32)
-    if unit.filters is None:
+    if not unit.holds_bank:
         pass  # the layer reads the bank of another unit
     elif unit.scales is None:
         add_widened(filters, unit.filters, torch.float32)

@@ -57,18 +57,19 @@ class StoredUnit(nn.Module):
 
     Args:
         module: the Lego module.
-        holds_bank: whether the filters are stored here; no if another unit stores the same bank.
+        holds_bank: whether the filters are stored here; if another unit stores the same bank, the
+            filters are empty.
     """
 
-    filters: Tensor | None
+    filters: Tensor
     scales: Tensor | None
     index: Tensor
     coefficients: Tensor | None
 
     def __init__(self, module: LegoModule, holds_bank: bool = True) -> None:
         super().__init__()
-        filters: Tensor | None = None
-        scales: list[Tensor] = []
+        self.holds_bank = holds_bank
+        filters, scales = torch.empty(0), list[Tensor]()
         if holds_bank:
             bank, dtype = module.lego_filters.detach(), module.storage_dtype
             filters, *scales = (t.clone() for t in encode_filters("", bank, dtype).values())
@@ -88,9 +89,9 @@ class StoredUnit(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         """Decode the tensors that the Lego module computes with: name in the module -> tensor."""
         tensors = {"index": self.index.to(torch.int64)}
-        if self.filters is not None and self.scales is None:
+        if self.holds_bank and self.scales is None:
             tensors["lego_filters"] = self.filters.to(torch.float32)
-        elif self.filters is not None and self.scales is not None:
+        elif self.holds_bank and self.scales is not None:
             scales = self.scales.to(torch.float32).reshape(-1, *[1] * (self.filters.dim() - 1))
             tensors["lego_filters"] = self.filters.to(torch.float32) * scales
         if self.coefficients is not None:
