@@ -107,12 +107,13 @@ def read_budget(values: dict[str, Any]) -> dict[str, float]:
     """Take the budget options out of a command's values; empty if no budget is given.
 
     Raises:
-        UsageError: m or o is given together with a budget.
+        UsageError: m or o is given together with a budget; o is allowed with shared banks.
     """
     shares = {name: values.pop(name) for name in ("max_size", "max_macs")}
     budget = {name: share for name, share in shares.items() if share is not None}
     get_source = click.get_current_context().get_parameter_source
-    for name in ("m", "o"):
+    is_sharing = click.get_current_context().params.get("share", "layer") != "layer"
+    for name in ("m",) if is_sharing else ("m", "o"):
         if budget and get_source(name) is ParameterSource.COMMANDLINE:
             option = next(iter(budget)).replace("_", "-")
             raise UsageError(f"--{option} chooses m and o of every layer; leave out --{name}")

@@ -6,6 +6,7 @@ hold most weights and do little. One m for all of them spends bytes or MACs wher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +33,8 @@ from legocompress.compress.prices import Form, choose_forms
 from legocompress.errors import PlanError, SpecError
 from legocompress.spec import LegoSpec, Rule
 
+LARGEST_M = 8.0  # Lego filters per output channel that a budget gives to shared banks
+HALVINGS = 12
 CORRECTIONS = 8  # rounds that replace estimated costs; then only measured forms are chosen from
 
 Predictor = Callable[[float], float]  # from squared relative weight error to loss
@@ -55,10 +58,13 @@ def allocate(
     of the energy that is left of their weights, 1 minus the squared relative error. The best choice
     within the budget is searched by prices on both costs (Everett, 1963).
 
+    Where the spec asks for shared banks, o and k stay as they are, and only m is chosen: one number
+    for all layers, the largest within the budget. The bytes of a shared bank count once.
+
     Args:
         model: the dense network, which stays as it is.
         spec: the largest number of terms per slot (each layer gets k, k/2 or k/4), storage
-            dtypes, and which layers to convert; its m and o are not used.
+            dtypes, and which layers to convert; its m is not used, and its o for shared banks only.
         max_size: limit for all parameters, norms included, as a share of the ideal dense size.
         max_macs: limit for all convs and Linears, as a share of the dense MACs. Only the Lego
             filters that a split uses are counted, since the kernels skip the others.
@@ -72,7 +78,8 @@ def allocate(
 
     Raises:
         SpecError: there is no budget, nothing meets it, the dense network meets it, or a rule
-            sets m or o, or the sensitivity lacks a layer.
+            sets m or (without shared banks) o, or the sensitivity lacks a layer or comes with
+            shared banks.
         PlanError: no layer can be converted, the model is converted already, or it could not be run
             to count its MACs.
         UsageError: the model is wrapped, compiled or scripted.
@@ -80,6 +87,13 @@ def allocate(
     """
     spec = LegoSpec() if spec is None else spec
     budget = check_budget(spec, {"max_size": max_size, "max_macs": max_macs})
+    if spec.is_sharing:
+        if sensitivity is not None:
+            raise SpecError(
+                "a sensitivity chooses between settings of single layers, and with shared banks only "
+                "m is chosen; leave out the sensitivity, or share=stage and share=network"
+            )
+        return _size_shared(model, spec, budget, example_input)
     smallest = spec.model_copy(update={"m": SHARES[0], "o": 1})
     base = plan(model, smallest, example_input)
     if not base.layers:
@@ -106,6 +120,41 @@ def _make_predictors(sensitivity: Sensitivity | None, base: Plan) -> dict[str, P
     return {name: partial(sensitivity.predict, name) for name in base.layers}
 
 
+def _size_shared(
+    model: nn.Module, spec: LegoSpec, budget: dict[str, float], example_input: Tensor | Any | None
+) -> LegoSpec:
+    """The spec with the largest m whose plan keeps to the budget, by bisection."""
+
+    def measure_costs(m: float) -> dict[str, float]:
+        planned = plan(model, spec.model_copy(update={"m": m}), example_input)
+        if not planned.layers and m < SHARES[0]:
+            raise PlanError(f"no layer can be converted: {summarise_reasons(planned)}")
+        if "max_macs" in budget and not planned.dense_macs:
+            raise PlanError(
+                f"max_macs cannot be met, since the MACs could not be counted: {planned.note}"
+            )
+        return {
+            "max_size": planned.bits / planned.dense_bits,
+            "max_macs": planned.macs / max(1, planned.dense_macs),
+        }
+
+    low, high = 0.0, LARGEST_M if spec.share != "layer" or spec.allow_expansion else 1.0
+    smallest = measure_costs(high / 2**HALVINGS)
+    for name, limit in budget.items():
+        if smallest[name] > limit:
+            raise SpecError(
+                f"{name}={limit:g} cannot be met: with shared banks, o={spec.o} and k={spec.k}, at "
+                f"least {math.ceil(1000 * smallest[name]) / 1000:g} of the dense network is left; "
+                "give that or more, or a smaller o or k"
+            )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        costs = measure_costs(middle)
+        fits = all(costs[name] <= limit for name, limit in budget.items())
+        low, high = (middle, high) if fits else (low, middle)
+    return spec.model_copy(update={"m": low})
+
+
 def check_budget(spec: LegoSpec, limits: Mapping[str, float | None]) -> dict[str, float]:
     """Return the limits that are given, by name, after checking that they can be meant.
 
@@ -121,7 +170,7 @@ def check_budget(spec: LegoSpec, limits: Mapping[str, float | None]) -> dict[str
                 f"{name}={limit:g} is not a share of the dense network; give a number in (0, 1]"
             )
     for rule in spec.rules:
-        if rule.m is not None or rule.o is not None:
+        if rule.m is not None or (rule.o is not None and not spec.is_sharing):
             raise SpecError(
                 f"rule {rule.pattern!r} sets m or o, which the budget chooses for every layer; "
                 "leave them out of the rule, or leave out the budget"

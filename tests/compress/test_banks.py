@@ -11,7 +11,7 @@ from torch import nn
 
 import legocompress as lego
 from legocompress.compress.convert import list_banks
-from legocompress.errors import ConversionError
+from legocompress.errors import ConversionError, SpecError
 from legocompress.lego.module import lego_banks
 from legocompress.lego.surgery import share_bank_
 from tests.support.folders import SMALL
@@ -156,6 +156,18 @@ def test_a_member_that_goes_leaves_the_others_as_they_are(change: str, tmp_path:
     lego.save(model, tmp_path / "a")  # another layer stores the bank now
     for name, module in lego.lego_modules(lego.load(tmp_path / "a")):
         assert torch.equal(module.weight, weights[name])
+
+
+def test_a_budget_chooses_the_largest_bank_that_fits() -> None:
+    spec = lego.LegoSpec(o=4, k=1, share="network")
+    found = lego.allocate(network(), spec, max_size=0.75, example_input=IMAGE)
+    assert found == spec.model_copy(update={"m": found.m})
+    dense = lego.plan(network(), found, IMAGE).dense_bits
+    more = spec.model_copy(update={"m": found.m * 1.1})
+    used = [lego.plan(network(), s, IMAGE).bits / dense for s in (found, more)]
+    assert used[0] <= 0.75 < used[1]
+    with pytest.raises(SpecError, match=r"max_size=0.5 cannot be met.*smaller o or k"):
+        lego.allocate(network(), spec, max_size=0.5, example_input=IMAGE)
 
 
 def test_conversion_and_casts_keep_one_bank() -> None:
