@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import legocompress as lego
 from legocompress.checkpoint.codec import list_unique_tensors
 from legocompress.errors import LegoError
+from legocompress.lego.module import lego_banks
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +60,7 @@ HOSTILE: list[Any] = [
     0.5, -1.5, 1e308, float("nan"), float("inf"), "", "x", "fp16", "fp32", "int8", "float16",
     "float64", "timm", "torchvision", "resnet50", "../../../etc/passwd", "/dev/zero", "a" * 5000,
     "\0", "\ud800", "__import__('os').system('false')", "${HOME}", [], {}, [[]], [0], [1] * 1000,
-    {"a": 1}, {"": {}}, ["fp16"], {"__reduce__": "os.system"},
+    {"a": 1}, {"": {}}, ["fp16"], {"__reduce__": "os.system"}, "a", "b", "head",
 ]  # fmt: skip
 NAMES = [
     "", ".", "..", "a..b", "../a.bias", "/etc/passwd", "a/b", "a.weight", "a.weight.x", "A.bias",
@@ -303,7 +304,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[bytes, bytes]]:
-    """The two files of small valid folders: binary, int8, half precision in memory."""
+    """The two files of small valid folders: binary, int8, half in memory, shared banks."""
     torch.manual_seed(0)
     place = tmp_path_factory.mktemp("corpus")
     quantised = tiny(2)
@@ -311,6 +312,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[bytes, bytes]
     models = [
         tiny(1, coefficients=False), tiny(2, dtype="int8"), tiny(1, dtype="fp16").half(), quantised,
     ]  # fmt: skip
+    models.append(tiny(2, dtype="int8", share="network", rules=("b:o=5",)))
+    assert [len(bank) for bank in lego_banks(models[-1])] == [1, 2]
     folders = [lego.save(model, place / str(n)) for n, model in enumerate(models)]
     return [
         ((f / "config.json").read_bytes(), (f / "model.safetensors").read_bytes()) for f in folders
