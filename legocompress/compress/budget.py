@@ -90,8 +90,8 @@ def allocate(
     if spec.is_sharing:
         if sensitivity is not None:
             raise SpecError(
-                "a sensitivity chooses between settings of single layers, and with shared banks only "
-                "m is chosen; leave out the sensitivity, or share=stage and share=network"
+                "a sensitivity chooses between settings of single layers, and with shared banks "
+                "only m is chosen; leave out the sensitivity, or share=stage and share=network"
             )
         return _size_shared(model, spec, budget, example_input)
     smallest = spec.model_copy(update={"m": SHARES[0], "o": 1})
@@ -123,7 +123,7 @@ def _make_predictors(sensitivity: Sensitivity | None, base: Plan) -> dict[str, P
 def _size_shared(
     model: nn.Module, spec: LegoSpec, budget: dict[str, float], example_input: Tensor | Any | None
 ) -> LegoSpec:
-    """The spec with the largest m whose plan keeps to the budget, by bisection."""
+    """The spec with the largest m whose plan keeps to the budget, by halving, then bisection."""
 
     def measure_costs(m: float) -> dict[str, float]:
         planned = plan(model, spec.model_copy(update={"m": m}), example_input)
@@ -138,20 +138,27 @@ def _size_shared(
             "max_macs": planned.macs / max(1, planned.dense_macs),
         }
 
-    low, high = 0.0, LARGEST_M if spec.share != "layer" or spec.allow_expansion else 1.0
-    smallest = measure_costs(high / 2**HALVINGS)
-    for name, limit in budget.items():
-        if smallest[name] > limit:
-            raise SpecError(
-                f"{name}={limit:g} cannot be met: with shared banks, o={spec.o} and k={spec.k}, at "
-                f"least {math.ceil(1000 * smallest[name]) / 1000:g} of the dense network is left; "
-                "give that or more, or a smaller o or k"
-            )
+    def is_within(costs: dict[str, float]) -> bool:
+        return all(costs[name] <= limit for name, limit in budget.items())
+
+    largest = LARGEST_M if spec.share != "layer" or spec.allow_expansion else 1.0
+    # Costs may also fall as m grows, since a layer alone with few filters may stay dense.
+    tried = {largest / 2**step: measure_costs(largest / 2**step) for step in range(HALVINGS)}
+    low = max((m for m, costs in tried.items() if is_within(costs)), default=None)
+    if low is None:
+        least = min(
+            tried.values(), key=lambda costs: max(costs[name] / budget[name] for name in budget)
+        )
+        left = ", ".join(f"{name}={math.ceil(1000 * least[name]) / 1000:g}" for name in budget)
+        limits = " and ".join(f"{name}={limit:g}" for name, limit in budget.items())
+        raise SpecError(
+            f"{limits} cannot be met: with shared banks, o={spec.o} and k={spec.k}, the nearest is "
+            f"{left}; give that or more, or a smaller o or k"
+        )
+    high = min(2 * low, largest)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        costs = measure_costs(middle)
-        fits = all(costs[name] <= limit for name, limit in budget.items())
-        low, high = (middle, high) if fits else (low, middle)
+        low, high = (middle, high) if is_within(measure_costs(middle)) else (low, middle)
     return spec.model_copy(update={"m": low})
 
 
