@@ -18,8 +18,8 @@ MAIN_JOB = (
 # The heading of each option, by the name of its parameter; all others stand under "Other".
 OPTION_HEADINGS: dict[str, tuple[str, ...]] = {
     "What to compress": (
-        "m", "o", "k", "max_size", "max_macs", "spend_by", "coefficients", "dtype", "share", "rules",
-        "only", "skip", "linear", "allow_expansion", "precision",
+        "m", "o", "k", "max_size", "max_macs", "spend_by", "coefficients", "dtype", "share",
+        "rules", "only", "skip", "linear", "allow_expansion", "precision",
     ),
     "Network": (
         "weights", "pretrained", "num_classes", "in_chans", "model_kwargs", "original",
