@@ -4,12 +4,15 @@
         --class-map classes.txt --results precision.jsonl --plot precision.svg
 
 Claim: int8 and bf16 alone are much faster than our fp32 forms on CPUs that have instructions for
-them. Prints one row per network and form: speed over OpenVINO in fp32, in interleaved runs of one
-process, bytes of the file that is shipped, and loss against the original. Int8 forms and ours are
-calibrated with --photos, without labels; the loss is measured on --labelled. Networks without a
-file NETWORK.safetensors in --weights-dir have random weights, and no loss. Takes some minutes per
-form of a small network, and up to an hour for those of ResNet-50 and VGG-16-BN; --quick takes about
-a fifth. Rows in --results are not measured again; --table prints what is there.
+them, and Lego networks in int8 are faster than the dense network in int8. Prints one row per
+network and form: speed over --reference, in interleaved runs of one process, bytes of the file that
+is shipped, and loss against the original. Int8 forms and ours are calibrated with --photos, without
+labels; the loss is measured on --labelled. Networks without a file NETWORK.safetensors in
+--weights-dir have random weights, and no loss. Takes some minutes per form of a small network, and
+up to an hour for those of ResNet-50 and VGG-16-BN; --quick takes about a fifth. --speed-only
+neither calibrates Lego networks nor measures their loss; it takes two minutes per form. Rows in
+--results are not measured again; --table prints what is there. The environment variables
+LEGOCOMPRESS_ISA (ours) and ONEDNN_MAX_CPU_ISA (OpenVINO) limit the instructions.
 Needs `pip install 'legocompress[bench]'`.
 """
 
@@ -45,9 +48,10 @@ NETWORKS = (
     "resnet50", "resnet50_embed768", "vgg16_bn", "mobilenet_v2", "tf_efficientnet_lite0",
     "squeezenet1_1",
 )  # fmt: skip
-REFERENCE = "OpenVINO"  # in fp32; its speed is 1
+REFERENCES = ("OpenVINO", "OpenVINO int8")  # rivals whose speed is 1; the first is in fp32
 SHRUNK_MACS = 0.5  # of the dense network's, for pruned and low-rank networks
 QUICK = {"images": 32, "judged": 100, "epochs": 0}
+SPEED_ONLY = {"images": 16, "judged": 16, "epochs": 0}
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,28 @@ def keep(original: nn.Module, images: Tensor, options: argparse.Namespace) -> nn
 
 
 def make_lego(
-    m: float, o: int, original: nn.Module, images: Tensor, options: argparse.Namespace
+    spec: lego.LegoSpec, original: nn.Module, images: Tensor, options: argparse.Namespace
 ) -> nn.Module:
-    """Convert and calibrate."""
+    """Convert, and calibrate unless only the speed counts."""
     network = copy.deepcopy(original)
-    lego.convert_(network, lego.plan(network, lego.LegoSpec(m=m, o=o)))
-    lego.calibrate_(network, original, images, epochs=options.epochs)
+    lego.convert_(network, lego.plan(network, spec))
+    if not options.speed_only:
+        lego.calibrate_(network, original, images, epochs=options.epochs)
+    return network
+
+
+def make_int8(
+    spec: lego.LegoSpec | None, original: nn.Module, images: Tensor, options: argparse.Namespace
+) -> nn.Module:
+    """Quantise the original, or the Lego network of a spec."""
+    if spec is None:
+        network = copy.deepcopy(original)
+    else:
+        network = make_lego(spec, original, images, options)
+    lego.quantize_(network, images)
+    record = lego.lego_state(network).quantization
+    assert record is not None
+    print(f"  error of quantisation {record.error:.3f}, layers in fp32: {len(record.float_layers)}")
     return network
 
 
@@ -102,26 +122,38 @@ def run_rival(name: str, subject: Subject) -> Runner:
 
 
 def run_deployed(subject: Subject) -> Runner:
-    """Deploy a Lego network; what is shipped is its compressed folder."""
+    """Deploy a Lego or quantised network; what is shipped is its compressed folder."""
 
     def count_bytes() -> int:
         with tempfile.TemporaryDirectory() as folder:
             saved = lego.save(subject.dense, Path(folder) / "lego")
             return sum(path.stat().st_size for path in saved.iterdir())
 
-    return Runner(lego.deploy_(copy.deepcopy(subject.dense), subject.x), count_bytes=count_bytes)
+    network = lego.deploy_(copy.deepcopy(subject.dense), subject.x)
+    deployment = lego.lego_state(network).deployment
+    for note in () if deployment is None else deployment.notes:
+        print(f"  note: {note}")
+    return Runner(network, count_bytes=count_bytes)
 
+
+HALF, QUARTER = lego.LegoSpec(m=0.5, o=2), lego.LegoSpec(m=0.25, o=4)
+HALF_4, QUARTER_4 = lego.LegoSpec(m=0.5, o=2, k=4), lego.LegoSpec(m=0.25, o=4, k=4)
 
 # To add a form, add a line.
 FORMS = (
-    Form("OpenVINO fp32", keep, partial(run_rival, REFERENCE)),
+    Form("OpenVINO fp32", keep, partial(run_rival, "OpenVINO")),
     Form("OpenVINO bf16", keep, partial(run_rival, "OpenVINO bf16")),
     Form("OpenVINO int8", keep, partial(run_rival, "OpenVINO int8")),
     Form("ONNX Runtime fp32", keep, partial(run_rival, "ONNX Runtime")),
     Form("ONNX Runtime int8", keep, partial(run_rival, "ONNX Runtime int8")),
     Form("PyTorch bf16", keep, partial(run_rival, "PyTorch bf16, jit, frozen")),
-    Form("Lego m=0.5 o=2 fp32", partial(make_lego, 0.5, 2), run_deployed),
-    Form("Lego m=0.25 o=4 fp32", partial(make_lego, 0.25, 4), run_deployed),
+    Form("Lego m=0.5 o=2 fp32", partial(make_lego, HALF), run_deployed),
+    Form("Lego m=0.25 o=4 fp32", partial(make_lego, QUARTER), run_deployed),
+    Form("dense int8", partial(make_int8, None), run_deployed),
+    Form("Lego m=0.5 o=2 int8", partial(make_int8, HALF), run_deployed),
+    Form("Lego m=0.25 o=4 int8", partial(make_int8, QUARTER), run_deployed),
+    Form("Lego m=0.5 o=2 k=4 int8", partial(make_int8, HALF_4), run_deployed),
+    Form("Lego m=0.25 o=4 k=4 int8", partial(make_int8, QUARTER_4), run_deployed),
     Form("pruned, OpenVINO int8", partial(shrink, "pruning"), partial(run_rival, "OpenVINO int8")),
     Form("Tucker, OpenVINO int8", partial(shrink, "tucker"), partial(run_rival, "OpenVINO int8")),
     Form("SVD, OpenVINO int8", partial(shrink, "svd"), partial(run_rival, "OpenVINO int8")),
@@ -173,11 +205,12 @@ def measure_form(form: Form, network: str, options: argparse.Namespace) -> Row:
             x = images[torch.arange(batch) % len(images)]
             runner = form.run(Subject(made, x, network, judge, judge.cache))
             row["cells"][f"{batch}x{threads}"] = time_against_reference(
-                runner, Subject(original, x), options
+                runner, Subject(original, x, network, judge, judge.cache), options
             )
             if "bytes" not in row:
                 row["bytes"] = None if runner.count_bytes is None else runner.count_bytes()
-                row |= measure_loss(judge, runner, batch) if trained else {}
+                has_loss = trained and not options.speed_only
+                row |= measure_loss(judge, runner, batch) if has_loss else {}
     return row
 
 
@@ -197,7 +230,7 @@ def time_against_reference(
 ) -> dict[str, float]:
     """Median time of the reference / median time of the form, and the spread of the form."""
     x = reference.x
-    forms = {"form": runner.bind(x), "reference": run_rival(REFERENCE, reference).bind(x)}
+    forms = {"form": runner.bind(x), "reference": run_rival(options.reference, reference).bind(x)}
     with torch.no_grad():
         cool_down = cool_down_seconds(x.device, COOL_DOWN_SECONDS)
         times = time_interleaved(
@@ -227,11 +260,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--quick", action="store_true", help=f"sets {QUICK}")
+    parser.add_argument("--reference", choices=REFERENCES, default=REFERENCES[0])
+    parser.add_argument("--speed-only", action="store_true", help=f"sets {SPEED_ONLY}")
     parser.add_argument("--results", type=Path, default=Path("precision.jsonl"))
     parser.add_argument("--plot", type=Path, help="SVG file: speed and agreement of each form")
     parser.add_argument("--table", action="store_true", help="only print the table of --results")
     options = parser.parse_args()
     vars(options).update(QUICK if options.quick else {})
+    vars(options).update(SPEED_ONLY if options.speed_only else {})
     return options
 
 
@@ -240,7 +276,8 @@ def main() -> None:
     options = parse_arguments()
     check_packages(("onnxruntime-int8", "openvino-int8"))
     results = Results(options.results)
-    settings = {name: getattr(options, name) for name in ("images", "judged", "epochs")}
+    names = ("images", "judged", "epochs", "reference", "speed_only")
+    settings = {name: getattr(options, name) for name in names}
     for network in options.network:
         for name in () if options.table else options.form:
             key = {"network": network, "form": name, **settings}
