@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -189,12 +190,31 @@ def open_judge(original: nn.Module, options: argparse.Namespace) -> Judge:
     )
 
 
-def measure_form(form: Form, network: str, options: argparse.Namespace) -> Row:
-    """Make the network of a form, time it in every cell, and measure bytes and loss."""
+@dataclass(frozen=True)
+class Source:
+    """A network, whether its weights are trained, what judges its forms, and calibration images."""
+
+    original: nn.Module
+    trained: bool
+    judge: Judge
+    images: Tensor
+
+
+def open_source(network: str, options: argparse.Namespace) -> Source:
+    """Open a network once for all of its forms, which share what the judge keeps."""
     original, trained = open_original(network, options.weights_dir)
     with torch.no_grad():
         judge = open_judge(original, options)
     images = torch.cat([images for images, _ in judge.calibration.batches(16)])
+    return Source(original, trained, judge, images)
+
+
+def measure_form(
+    form: Form, network: str, options: argparse.Namespace, opener: Callable[[str], Source]
+) -> Row:
+    """Make the network of a form, time it in every cell, and measure bytes and loss."""
+    source = opener(network)
+    original, judge, images = source.original, source.judge, source.images
     torch.set_num_threads(max(options.threads))
     made = form.make(original, images, options).eval()
     row: Row = {"cells": {}}
@@ -209,7 +229,7 @@ def measure_form(form: Form, network: str, options: argparse.Namespace) -> Row:
             )
             if "bytes" not in row:
                 row["bytes"] = None if runner.count_bytes is None else runner.count_bytes()
-                has_loss = trained and not options.speed_only
+                has_loss = source.trained and not options.speed_only
                 row |= measure_loss(judge, runner, batch) if has_loss else {}
     return row
 
@@ -278,10 +298,11 @@ def main() -> None:
     results = Results(options.results)
     names = ("images", "judged", "epochs", "reference", "speed_only")
     settings = {name: getattr(options, name) for name in names}
+    opener = functools.lru_cache(maxsize=1)(partial(open_source, options=options))
     for network in options.network:
         for name in () if options.table else options.form:
             key = {"network": network, "form": name, **settings}
-            results.measure(key, partial(measure_form, BY_NAME[name], network, options))
+            results.measure(key, partial(measure_form, BY_NAME[name], network, options, opener))
     print(format_table(results.rows))
     if options.plot is not None:
         save_plot(results.rows, options.plot)
