@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from legocompress.deploy.activation import activate_
 from legocompress.deploy.folding import scale_and_shift
 from legocompress.export.program import Form, index_dtype
-from legocompress.export.qdq_operators import dequantize, round_map, round_weight
+from legocompress.export.qdq_operators import dequantize, dequantize_filters, round_map, round_weight
 from legocompress.lego.algebra import assemble, slot_rows, transform
 from legocompress.lego.module import LegoModule
 from legocompress.lego.storage import TORCH_DTYPES, quantize_filters
@@ -156,23 +156,29 @@ class RoundedConv(IntegerOperator):
         return weight if factors is None else weight * factors.reshape(-1, 1, 1, 1)
 
     def _merge(self, x: Tensor) -> Tensor:
+        # The scales of the filters join the coefficients, as in the integers: OpenVINO loses scales
+        # per filter of a conv whose output is reshaped.
         g, shape = self.geometry, self.shape
         x, padding = g.pad_input(x)
-        unit = self._unit(dequantize(self.filters, self.filter_scales.float()))
+        unit = self._unit(dequantize_filters(self.filters))
         z = transform(shape, unit.lego_filters, x, g.stride, padding, g.dilation)
         z = z.reshape(-1, shape.groups * shape.n_split * shape.n_lego, *z.shape[2:])
-        rows = slot_rows(shape, unit.index)
-        y: Any = None
+        rows, y = slot_rows(shape, unit.index), self.bias.reshape(1, -1, 1, 1)
+        factors = self._term_factors(unit)
         for i in range(shape.n_split):
             for t in range(shape.n_terms):
                 term = z.index_select(1, rows[i, :, t])
-                if unit.coefficients is not None:
-                    term = term * unit.coefficients[i, :, t].reshape(1, -1, 1, 1)
-                y = term if y is None else y + term
+                y = y + term * factors[i, :, t].reshape(1, -1, 1, 1)
+        return y
+
+    def _term_factors(self, unit: LegoUnit) -> Tensor:
+        """What each term (o, n, k) is multiplied by."""
+        slots = unit.index.reshape(-1)
+        scales = self.filter_scales.float().index_select(0, slots).reshape(unit.index.shape)
+        if unit.coefficients is not None:
+            scales = scales * unit.coefficients
         factors: Any = self.factors
-        if factors is not None:
-            y = y * factors.reshape(1, -1, 1, 1)
-        return y + self.bias.reshape(1, -1, 1, 1)  # type: ignore[no-any-return, operator]
+        return scales if factors is None else scales * factors.reshape(1, -1, 1)
 
 
 class RoundedLinear(IntegerOperator):

@@ -37,6 +37,14 @@ def dequantize(values: Tensor, scales: Tensor) -> Tensor:
     return values.float() * scales.reshape(-1, *[1] * (values.dim() - 1))
 
 
+@torch.library.custom_op(
+    "legocompress::dequantize_filters", mutates_args=(), schema="(Tensor filters) -> Tensor"
+)
+def dequantize_filters(filters: Tensor) -> Tensor:
+    """Int8 filters as float32, without a scale."""
+    return filters.float()
+
+
 @round_map.register_fake
 def _(x: Tensor, scale: float, zero: int) -> Tensor:
     return torch.empty_like(x)
@@ -50,6 +58,11 @@ def _(weight: Tensor, scales: Tensor) -> Tensor:
 @dequantize.register_fake
 def _(values: Tensor, scales: Tensor) -> Tensor:
     return torch.empty_like(values, dtype=torch.float32)
+
+
+@dequantize_filters.register_fake
+def _(filters: Tensor) -> Tensor:
+    return torch.empty_like(filters, dtype=torch.float32)
 
 
 def make_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -78,9 +91,14 @@ def make_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         zeros = write_zeros(scales, int(values.dtype))
         return op.DequantizeLinear(values, scales, zeros, axis=0)
 
+    def write_filters(filters: Any) -> Any:
+        zero = op.Constant(value=onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, [], [0]))
+        return op.DequantizeLinear(filters, op.Constant(value_float=1.0), zero)
+
     operators = torch.ops.legocompress
     return {
         operators.round_map.default: write_map,
         operators.round_weight.default: write_weight,
         operators.dequantize.default: write_product,
+        operators.dequantize_filters.default: write_filters,
     }
