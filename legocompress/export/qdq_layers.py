@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from legocompress.deploy.activation import activate_
 from legocompress.deploy.folding import scale_and_shift
 from legocompress.export.program import Form, index_dtype
-from legocompress.export.qdq_operators import dequantize, dequantize_filters, round_map, round_weight
+from legocompress.export.qdq_operators import (
+    dequantize,
+    dequantize_filters,
+    round_map,
+    round_weight,
+)
 from legocompress.lego.algebra import assemble, slot_rows, transform
 from legocompress.lego.module import LegoModule
 from legocompress.lego.storage import TORCH_DTYPES, quantize_filters
@@ -107,9 +112,7 @@ class RoundedConv(IntegerOperator):
         assert layer.folded is not None
         source, owner, norm = layer.source, layer.folded.layer, layer.folded.norm
         assert isinstance(owner, LegoModule)
-        filters, scales = quantize_filters(
-            owner.lego_filters.detach()
-        )
+        filters, scales = quantize_filters(owner.lego_filters.detach())
         self.register_buffer("filters", filters.contiguous())
         self.register_buffer("filter_scales", scales)
         self.register_buffer("index", source.index.to(index_dtype(source.shape.n_lego)))
