@@ -42,7 +42,7 @@ from legocompress.quantize import active_quantization
 OPSET = 18
 MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file
 # Largest relative difference between an export and the integers of a quantised network.
-ROUNDED_TOLERANCE = 0.25
+ROUNDED_TOLERANCE = 0.5
 FORMS: tuple[Form, ...] = ("lego", "assemble-at-load", "dense")
 
 
@@ -66,8 +66,13 @@ def export_onnx(
       Runtime and OpenVINO do this once, when they load the file.
     - 'dense' stores the dense weights.
 
+    A quantised network has QuantizeLinear to uint8 and DequantizeLinear after the maps that are
+    uint8, and int8 weights. The forms 'assemble-at-load' and 'dense' have one scale per output
+    channel, in the first by QuantizeLinear on the assembled weights. Layers that stay in fp32 have
+    dense weights. Outputs may differ by steps of the maps.
+
     Args:
-        model: the converted network; the file computes in float32.
+        model: the converted network; the file computes in float32, or as described above.
         path: the file to write.
         form: see above.
         force: replace an existing file.
@@ -77,7 +82,8 @@ def export_onnx(
     Raises:
         UsageError: the form is unknown, the model is wrapped, compiled or scripted or holds a lazy
             layer, or the packages for ONNX are not installed.
-        QuantizationError: the network is quantised.
+        QuantizationError: the network was quantised and has changed since.
+        CheckpointError: the record of its quantisation does not fit the network.
         ExportError: the network cannot be traced or expressed in ONNX, an input is not a float
             tensor, it is too large for one file, or ONNX Runtime computes other outputs than it.
         OutputExistsError: the file exists and `force` is not given.

@@ -6,8 +6,6 @@ m Lego filters, k terms.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,6 +74,16 @@ class RoundedConv(IntegerOperator):
         before: the range of what its table reads, if it has one.
         residual: the range of the map that is added.
     """
+
+    filters: Tensor
+    filter_scales: Tensor
+    index: Tensor
+    coefficients: Tensor | None
+    factors: Tensor | None
+    values: Tensor
+    scales: Tensor
+    bias: Tensor
+    bias_scales: Tensor | None
 
     def __init__(
         self,
@@ -147,7 +155,7 @@ class RoundedConv(IntegerOperator):
         return F.conv2d(x, weight, _bias(self), g.stride, padding, g.dilation, g.groups)
 
     def _unit(self, filters: Tensor) -> LegoUnit:
-        gains: Any = self.coefficients
+        gains = self.coefficients
         return LegoUnit(
             filters, self.index.to(torch.int64), None if gains is None else gains.float()
         )
@@ -155,7 +163,7 @@ class RoundedConv(IntegerOperator):
     def _assemble(self) -> Tensor:
         scales = self.filter_scales.float().reshape(-1, 1, 1, 1)
         weight = assemble(self.shape, self._unit(self.filters.float() * scales))
-        factors: Any = self.factors
+        factors = self.factors
         return weight if factors is None else weight * factors.reshape(-1, 1, 1, 1)
 
     def _merge(self, x: Tensor) -> Tensor:
@@ -180,12 +188,17 @@ class RoundedConv(IntegerOperator):
         scales = self.filter_scales.float().index_select(0, slots).reshape(unit.index.shape)
         if unit.coefficients is not None:
             scales = scales * unit.coefficients
-        factors: Any = self.factors
+        factors = self.factors
         return scales if factors is None else scales * factors.reshape(1, -1, 1)
 
 
 class RoundedLinear(IntegerOperator):
     """A linear layer with its activation on a rounded map (N, c), to float32 (N, n)."""
+
+    values: Tensor
+    scales: Tensor
+    bias: Tensor
+    bias_scales: Tensor | None
 
     def __init__(self, layer: LinearLayer, x: MapRange) -> None:
         super().__init__(layer.name)
@@ -206,6 +219,9 @@ class RoundedLinear(IntegerOperator):
 class PlainConv(nn.Module):
     """A conv that stays in fp32, with its dense weight."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: ConvLayer) -> None:
         super().__init__()
         self.layer = layer
@@ -217,9 +233,7 @@ class PlainConv(nn.Module):
         """Run the layer: (N, c, H, W) and perhaps (N, n, H', W') to (N, n, H', W')."""
         g = self.layer.source.geometry
         x, padding = g.pad_input(x)
-        weight: Any = self.weight
-        bias: Any = self.bias
-        y = F.conv2d(x, weight, bias, g.stride, padding, g.dilation, g.groups)
+        y = F.conv2d(x, self.weight, self.bias, g.stride, padding, g.dilation, g.groups)
         return self.layer.activate(y if residual is None else y + residual)
 
 
@@ -272,8 +286,8 @@ def _store_bias(module: nn.Module, bias: Tensor, scales: Tensor, x: MapRange) ->
         module.register_buffer("bias_scales", None)
 
 
-def _bias(module: Any) -> Tensor:
+def _bias(module: RoundedConv | RoundedLinear) -> Tensor:
     if module.bias_scales is None:
-        return module.bias  # type: ignore[no-any-return]
+        return module.bias
     bias: Tensor = dequantize(module.bias, module.bias_scales)
     return bias
