@@ -127,7 +127,7 @@ def build_rounded_network(model: nn.Module, form: Form) -> RoundedNetwork:
     for path in tensors:
         owner, _, leaf = path.rpartition(".")
         setattr(copied.get_submodule(owner), leaf, torch.empty(0, dtype=tensors[path].dtype))
-    return RoundedNetwork(emulation, Hollow(copied), tensors, names)
+    return RoundedNetwork(emulation, Hollow(copied, {}), tensors, names)
 
 
 def _lower_part(forward: QuantizedForward, form: Form) -> fx.GraphModule:
