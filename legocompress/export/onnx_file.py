@@ -21,7 +21,7 @@ from legocompress.export.interface import (
     measure_differences,
     name_outputs,
 )
-from legocompress.export.onnx_graph import attach_unit_, rename_interface_, strip_
+from legocompress.export.onnx_graph import attach_tensors_, attach_unit_, rename_interface_, strip_
 from legocompress.export.program import (
     Exported,
     Form,
@@ -31,13 +31,18 @@ from legocompress.export.program import (
     make_hollow_copy,
     trace_program,
 )
+from legocompress.export.qdq_network import build_rounded_network
+from legocompress.export.qdq_operators import make_translations
 from legocompress.files import check_free, write_atomically
 from legocompress.models.checks import check_network, refuse_quantized
 from legocompress.models.inputs import name_inputs
 from legocompress.models.outputs import flatten_leaves, flatten_tensors
+from legocompress.quantize import active_quantization
 
 OPSET = 18
 MAX_BYTES = 2**31 - 2**20  # limit of one protobuf file
+# Largest relative difference between an export and the integers of a quantised network.
+ROUNDED_TOLERANCE = 0.5
 FORMS: tuple[Form, ...] = ("lego", "assemble-at-load", "dense")
 
 
@@ -61,8 +66,13 @@ def export_onnx(
       Runtime and OpenVINO do this once, when they load the file.
     - 'dense' stores the dense weights.
 
+    A quantised network has QuantizeLinear to uint8 and DequantizeLinear after the maps that are
+    uint8, and int8 weights. The forms 'assemble-at-load' and 'dense' have one scale per output
+    channel, in the first by QuantizeLinear on the assembled weights. Layers that stay in fp32 have
+    dense weights. Outputs may differ by steps of the maps.
+
     Args:
-        model: the converted network; the file computes in float32.
+        model: the converted network; the file computes in float32, or as described above.
         path: the file to write.
         form: see above.
         force: replace an existing file.
@@ -72,7 +82,8 @@ def export_onnx(
     Raises:
         UsageError: the form is unknown, the model is wrapped, compiled or scripted or holds a lazy
             layer, or the packages for ONNX are not installed.
-        QuantizationError: the network is quantised.
+        QuantizationError: the network was quantised and has changed since.
+        CheckpointError: the record of its quantisation does not fit the network.
         ExportError: the network cannot be traced or expressed in ONNX, an input is not a float
             tensor, it is too large for one file, or ONNX Runtime computes other outputs than it.
         OutputExistsError: the file exists and `force` is not given.
@@ -81,12 +92,37 @@ def export_onnx(
     if form not in FORMS:
         raise UsageError(f"unknown form {form!r}; allowed are {', '.join(FORMS)}")
     check_network(model)
-    refuse_quantized(model, "export_onnx")
+    is_quantized = active_quantization(model) is not None
+    if not is_quantized:  # what was quantised once may be so no more
+        refuse_quantized(model, "export_onnx")
     onnx, runtime = _need("onnx"), _need("onnxruntime")
     _need("onnxscript")
     target = Path(path)
     check_free(target, force)
     inputs = make_example_inputs(model, example_input, 3)
+    if is_quantized:
+        expected, proto = _build_rounded(onnx, model, form, inputs)
+    else:
+        expected, proto = _build_float(onnx, model, form, inputs)
+    names = [*name_inputs(model, len(inputs)), *name_outputs(expected)]
+    strip_(proto, set(names))
+    rename_interface_(proto.graph, names)
+    data = _serialize(onnx, proto)
+    with write_atomically(target, force) as temporary:
+        temporary.write_bytes(data)
+        outputs = _run(runtime, temporary, inputs)
+        absolute, relative = measure_differences(flatten_tensors(expected), outputs)
+        if is_quantized:
+            _check_rounded(relative)
+        else:
+            check_agrees("ONNX Runtime", relative)
+    return Exported(target, form, len(data), absolute, relative)
+
+
+def _build_float(
+    onnx: Any, model: nn.Module, form: Form, inputs: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
+    """The outputs of a float network, and its ONNX model with the interface unnamed."""
     plain = build_reference(model, form)
     with torch.no_grad():
         expected = plain(*inputs)
@@ -98,21 +134,39 @@ def export_onnx(
     }
     arguments = (*(x[:2] for x in inputs), *(() if form == "dense" else (tensors,)))
     program = trace_program(_return_tensors(network, expected), *arguments)
-    n_outputs = len(flatten_tensors(expected))
-    input_names = ["image"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
-    proto = _convert(program, [*input_names, *tensors], n_outputs)
+    proto = _convert(program, [*_number_inputs(inputs), *tensors], expected)
     for name, unit in reversed(units.items()):
         attach_unit_(onnx, proto, name, unit, form)
-    names = [*name_inputs(model, len(inputs)), *name_outputs(expected)]
-    strip_(proto, set(names))
-    rename_interface_(proto.graph, names)
-    data = _serialize(onnx, proto)
-    with write_atomically(target, force) as temporary:
-        temporary.write_bytes(data)
-        outputs = _run(runtime, temporary, inputs)
-        absolute, relative = measure_differences(flatten_tensors(expected), outputs)
-        check_agrees("ONNX Runtime", relative)
-    return Exported(target, form, len(data), absolute, relative)
+    return expected, proto
+
+
+def _build_rounded(
+    onnx: Any, model: nn.Module, form: Form, inputs: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
+    """The outputs of a quantised network, and its ONNX model with the interface unnamed."""
+    rounded = build_rounded_network(model, form)
+    with torch.no_grad():
+        expected = rounded.emulation(*inputs)
+    network = _return_tensors(rounded.hollow, expected)
+    program = trace_program(network, *(x[:2] for x in inputs), rounded.tensors)
+    names = [*_number_inputs(inputs), *rounded.names]
+    proto = _convert(program, names, expected, make_translations())
+    attach_tensors_(onnx, proto, dict(zip(rounded.names, rounded.tensors.values(), strict=True)))
+    return expected, proto
+
+
+def _number_inputs(inputs: tuple[Tensor, ...]) -> list[str]:
+    return ["image"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+
+
+def _check_rounded(relative: float) -> None:
+    """Raise ExportError if outputs differ by more than other rounding of maps explains."""
+    if not relative <= ROUNDED_TOLERANCE:
+        raise ExportError(
+            f"ONNX Runtime differs from the quantised network by {relative:.1e} of its largest "
+            f"output, more than {ROUNDED_TOLERANCE:.0e}; nothing was written. Try another --form; "
+            "unquantize_ gives the fp32 network with rounded weights, which can be exported"
+        )
 
 
 def _return_tensors(network: nn.Module, output: Any) -> nn.Module:
@@ -137,8 +191,11 @@ def _need(package: str) -> Any:
         ) from None
 
 
-def _convert(program: ExportedProgram, names: list[str], n_outputs: int) -> Any:
+def _convert(
+    program: ExportedProgram, names: list[str], expected: Any, translations: Any = None
+) -> Any:
     """Turn the exported program into an ONNX model, optimised by the exporter of torch."""
+    n_outputs = len(flatten_tensors(expected))
     outputs = ["output"] if n_outputs == 1 else [f"output_{i}" for i in range(n_outputs)]
     loud = logging.getLogger("torch.onnx")
     level = loud.level
@@ -152,6 +209,7 @@ def _convert(program: ExportedProgram, names: list[str], n_outputs: int) -> Any:
                 input_names=names,
                 output_names=outputs,
                 opset_version=OPSET,
+                custom_translation_table=translations,
                 verbose=False,
             )
             assert written is not None

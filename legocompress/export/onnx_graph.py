@@ -21,11 +21,7 @@ def attach_unit_(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form)
     nodes = []
 
     def add_constant(key: str, tensor: Tensor) -> str:
-        kind = _onnx_type(onnx, tensor.dtype)
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        graph.initializer.append(
-            onnx.helper.make_tensor(key, kind, list(tensor.shape), raw, raw=True)
-        )
+        graph.initializer.append(_make_tensor(onnx, key, tensor))
         return key
 
     def add_narrow(key: str, tensor: Tensor) -> str:
@@ -61,10 +57,29 @@ def attach_unit_(onnx: Any, proto: Any, name: str, unit: StoredUnit, form: Form)
         nodes.append(onnx.helper.make_node("Mul", inputs, [filters]))
     for node in reversed(nodes):
         graph.node.insert(0, node)
-    decoded = {join_name(name, leaf) for leaf in unit()}
-    inputs = [value for value in graph.input if value.name not in decoded]
+    _remove_inputs_(graph, {join_name(name, leaf) for leaf in unit()})
+
+
+def attach_tensors_(onnx: Any, proto: Any, tensors: dict[str, Tensor]) -> None:
+    """Replace the graph inputs of these names by stored tensors."""
+    graph = proto.graph
+    read = {name for node in graph.node for name in node.input}
+    graph.initializer.extend(
+        _make_tensor(onnx, name, tensor) for name, tensor in tensors.items() if name in read
+    )
+    _remove_inputs_(graph, set(tensors))
+
+
+def _remove_inputs_(graph: Any, names: set[str]) -> None:
+    inputs = [value for value in graph.input if value.name not in names]
     del graph.input[:]
     graph.input.extend(inputs)
+
+
+def _make_tensor(onnx: Any, name: str, tensor: Tensor) -> Any:
+    kind = _onnx_type(onnx, tensor.dtype)
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return onnx.helper.make_tensor(name, kind, list(tensor.shape), raw, raw=True)
 
 
 def _onnx_type(onnx: Any, dtype: torch.dtype) -> int:

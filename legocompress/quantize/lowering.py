@@ -58,10 +58,10 @@ def lower_graph(
     Raises:
         CheckpointError: a range or shifts are missing or do not fit.
     """
-    return _Lowering(graph, assignment, ranges, shifts).run()
+    return Lowering(graph, assignment, ranges, shifts).run()
 
 
-class _Lowering:
+class Lowering:
     """Copies a graph node by node; each value exists as float, as uint8, or as both."""
 
     def __init__(
@@ -79,13 +79,14 @@ class _Lowering:
         self.integers: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> fx.GraphModule:
+        """Build the lowered graph."""
         for node in self.source.nodes:
             if node in self.assignment.integer:
                 self._lower(node)
             elif is_size(node) and node.args[0] in self.integers:
-                self.floats[node] = self.graph.node_copy(node, self._as_integer)
+                self.floats[node] = self.graph.node_copy(node, self.as_integer)
             else:
-                self.floats[node] = self.graph.node_copy(node, self._as_float)
+                self.floats[node] = self.graph.node_copy(node, self.as_float)
         root = dict(self.source.graph_module.named_modules())
         attributes: dict[str, Any] = {
             str(node.target): root.get(str(node.target))
@@ -99,59 +100,65 @@ class _Lowering:
         self.graph.lint()
         return fx.GraphModule(attributes, self.graph)
 
-    def _range(self, name: str) -> MapRange:
+    def range_named(self, name: str) -> MapRange:
+        """The range of a name."""
         if name not in self.ranges:
             raise CheckpointError(f"quantisation: the range of {name!r} is missing")
         return self.ranges[name]
 
-    def _range_of(self, node: fx.Node) -> MapRange:
-        return self._range(self.assignment.names[node])
+    def range_of(self, node: fx.Node) -> MapRange:
+        """The range of the output of a node."""
+        return self.range_named(self.assignment.names[node])
 
-    def _call(self, operator: IntegerOperator, args: tuple[fx.Node, ...]) -> fx.Node:
+    def call(self, operator: IntegerOperator, args: tuple[fx.Node, ...]) -> fx.Node:
+        """Add a node that calls an operator."""
         self.operators.append(operator)
         return self.graph.call_module(f"{OPERATORS}.{len(self.operators) - 1}", args)
 
     @staticmethod
-    def _describe(call: fx.Node, node: fx.Node) -> None:
+    def describe(call: fx.Node, node: fx.Node) -> None:
         """Note the shape of a map at a conversion of it."""
         call.meta["shape"] = node.meta.get("shape")
         call.meta["n_axes"] = len(node.meta.get("shape") or ())
 
-    def _as_float(self, node: fx.Node) -> fx.Node:
+    def as_float(self, node: fx.Node) -> fx.Node:
+        """The float output of a node of the source."""
         if node not in self.floats:
             name = self.assignment.names[node]
-            operator = DequantizeMap(name, self._range_of(node))
-            self.floats[node] = self._call(operator, (self.integers[node],))
-            self._describe(self.floats[node], node)
+            operator = DequantizeMap(name, self.range_of(node))
+            self.floats[node] = self.call(operator, (self.integers[node],))
+            self.describe(self.floats[node], node)
         return self.floats[node]
 
-    def _as_integer(self, node: fx.Node) -> fx.Node:
+    def as_integer(self, node: fx.Node) -> fx.Node:
+        """The rounded output of a node of the source."""
         if node not in self.integers:
-            operator = QuantizeMap(self.assignment.names[node], self._range_of(node))
-            self.integers[node] = self._call(operator, (self.floats[node],))
-            self._describe(self.integers[node], node)
+            operator = QuantizeMap(self.assignment.names[node], self.range_of(node))
+            self.integers[node] = self.call(operator, (self.floats[node],))
+            self.describe(self.integers[node], node)
         return self.integers[node]
 
     def _lower(self, node: fx.Node) -> None:
         layer = self.source.layer(node)
         if layer is None:  # other arguments of what moves values are sizes
             self.integers[node] = self.graph.node_copy(
-                node, lambda x: self._as_integer(x) if x is node.args[0] else self._as_float(x)
+                node, lambda x: self.as_integer(x) if x is node.args[0] else self.as_float(x)
             )
             return
-        args = tuple(map(self._as_integer, node.all_input_nodes))
+        args = tuple(map(self.as_integer, node.all_input_nodes))
         if len(node.all_input_nodes) != len(node.args):  # one map is read twice
-            args = tuple(self._as_integer(x) for x in node.args)  # type: ignore[arg-type]
-        operator = self._operator(node, layer)
+            args = tuple(self.as_integer(x) for x in node.args)  # type: ignore[arg-type]
+        operator = self.make_operator(node, layer)
         if not isinstance(layer, LinearLayer):
-            operator.out_zero = self._range_of(node).zero
-        call = self._call(operator, args)
+            operator.out_zero = self.range_of(node).zero
+        call = self.call(operator, args)
         call.meta.update(node.meta)
         (self.floats if isinstance(layer, LinearLayer) else self.integers)[node] = call
 
-    def _operator(self, node: fx.Node, layer: FloatLayer) -> IntegerOperator:
+    def make_operator(self, node: fx.Node, layer: FloatLayer) -> IntegerOperator:
+        """The operator of a node that has an integer form."""
         inputs: list[Any] = list(node.args)
-        x = self._range_of(inputs[0])
+        x = self.range_of(inputs[0])
         if isinstance(layer, ConvLayer):
             return self._conv(node, layer, x)
         if isinstance(layer, LinearLayer):
@@ -163,25 +170,25 @@ class _Lowering:
             return IntegerPool(layer.name, layer.arguments)
         if isinstance(layer, CatLayer):
             return IntegerCat(layer.name, layer.axis)
-        y = self._range_of(node)
+        y = self.range_of(node)
         if isinstance(layer, MeanLayer):
             return IntegerMean(layer.name, x, y, layer.keeps_axes)
         if isinstance(layer, PointwiseLayer):
             return IntegerTable(layer.name, builder.build_table(layer.pointwise, x, y))
-        other = self._range_of(inputs[1])
+        other = self.range_of(inputs[1])
         if isinstance(layer, AddLayer):
             return _add(layer, x, other, y)
         assert isinstance(layer, GateLayer)
         return _gate(layer, x, other, y)
 
     def _conv(self, node: fx.Node, layer: ConvLayer, x: MapRange) -> IntegerOperator:
-        y, table = self._range_of(node), None
+        y, table = self.range_of(node), None
         if layer.pointwise is not None:
-            before = self._range(layer.pre_name)
+            before = self.range_named(layer.pre_name)
             y, table = before, builder.build_table(layer.pointwise, before, y)
         if layer.name not in self.shifts:
             raise CheckpointError(f"quantisation: the shifts of {layer.name!r} are missing")
-        residual = self._range_of(node.args[1]) if len(node.args) > 1 else None  # type: ignore[arg-type]
+        residual = self.range_of(node.args[1]) if len(node.args) > 1 else None  # type: ignore[arg-type]
         conv = builder.build_conv(
             layer.name,
             layer.source,
