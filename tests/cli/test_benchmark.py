@@ -52,7 +52,7 @@ def test_json_holds_what_the_library_measures(folder: Path) -> None:
     ran = run(
         "--against", "dense", "--img-size", 32, "--rounds", 2, "--threads", 1, folder, "--json"
     )
-    (printed,) = json.loads(ran.output)
+    (printed,) = json.loads(ran.stdout)
     assert printed["ratio"] == printed["forms"][0]["ratio"]
     assert printed["forms"][0]["form"] == "lego"
     assert printed["fastest_fp32"] in [form["form"] for form in printed["forms"][1:]]
@@ -72,7 +72,7 @@ def test_accuracy_stands_beside_the_speed(folder: Path, tmp_path: Path) -> None:
     ran = run(folder, "--threads", 1, "--against", "openvino", "openvino-int8", "--rounds", 2,
               "--data", tmp_path / "photos.npz", "--labelled", tmp_path / "labelled.npz",
               "--original-weights", weights, "--json")  # fmt: skip
-    (printed,) = json.loads(ran.output)
+    (printed,) = json.loads(ran.stdout)
     forms = {form["form"]: form for form in printed["forms"]}
     assert [form["precision"] for form in forms.values()] == ["fp32", "fp32", "int8"]
     counts = {"calibration": 9, "held_out": 3, "labelled": 12}

@@ -22,7 +22,9 @@ def test_report_prints_what_the_library_measures(run: Run, compressed_folder: Pa
     assert "(agrees)" in ran.out
     assert all(row.name in ran.out for row in report.rows)
     printed = json.loads(run("report", compressed_folder, "--json").out)
-    assert printed == json.loads(json.dumps({**report.to_dict(), "calibration": None}))
+    assert printed == json.loads(
+        json.dumps({**report.to_dict(), "calibration": None, "quantization": None})
+    )
     assert printed["totals"]["stored_bytes"] == sum(
         f.stat().st_size for f in compressed_folder.iterdir()
     )
