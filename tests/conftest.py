@@ -17,6 +17,8 @@ import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# OpenVINO sends no telemetry then, for which it would fork this process from threads.
+os.environ.setdefault("CI", "true")
 torch.set_num_threads(1)
 
 
