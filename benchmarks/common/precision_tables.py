@@ -80,6 +80,7 @@ def save_plot(rows: list[Row], path: Path) -> None:
     figure, panels = pyplot.subplots(
         1, max(1, len(networks)), figsize=(5 * max(1, len(networks)), 4), squeeze=False
     )
+    # Without any network there is one empty panel.
     for panel, network in zip(panels[0], networks, strict=False):
         draw_panel(panel, network, [row for row in judged if row["network"] == network])
     figure.tight_layout()

@@ -120,6 +120,7 @@ def measure_differences(expected: Any, actual: Any) -> tuple[float, float]:
     Values that are not tensors must be equal, and so must shapes and infinite or NaN values;
     otherwise both numbers are infinite.
     """
+    # Outputs of another number are refused in the next line.
     pairs = list(zip(_leaves(expected), _leaves(actual), strict=False))
     if len(_leaves(expected)) != len(_leaves(actual)) or not all(_match(a, b) for a, b in pairs):
         return float("inf"), float("inf")

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -56,7 +57,7 @@ class JsonLines:
         """Do nothing: who has opened the stream closes it."""
 
 
-class _Tracker:
+class _Tracker(ABC):
     """A tracker whose run is opened at the first numbers, when the run's folder exists.
 
     Args:
@@ -80,14 +81,17 @@ class _Tracker:
             self._finish()
             self.run = None
 
+    @abstractmethod
     def _open(self) -> Any:
-        raise NotImplementedError
+        """Start a run of the tracker, and return it."""
 
+    @abstractmethod
     def _send(self, step: int, metrics: dict[str, float]) -> None:
-        raise NotImplementedError
+        """Send numbers to the open run."""
 
+    @abstractmethod
     def _finish(self) -> None:
-        raise NotImplementedError
+        """End the open run."""
 
 
 class TensorBoard(_Tracker):

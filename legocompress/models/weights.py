@@ -94,7 +94,7 @@ def _find_fit(model_state: dict[str, Tensor], tensors: dict[str, Tensor]) -> Fit
     """The best fit over all prefixes that end in a dot and that all names have in common."""
     names = [name.split(".") for name in tensors if not _is_counter(name)]
     prefixes = [""]
-    # The last part of a name is never a prefix.
+    # The last part of a name is never a prefix; a prefix is at most as long as the shortest name.
     for parts in zip(*(name[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
             break
