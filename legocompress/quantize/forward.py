@@ -69,10 +69,16 @@ class QuantizedForward(PrecisionForward):
             CheckpointError: the record does not fit the network.
         """
         if self.run is None and self.off_grid is None:
+            if self._has_hooks():
+                return False  # a hooked layer is not fused, and tracing would call the hooks
             self._build()
         if self.off_grid is not None:
             self._warn_once("change", self.has_changed.format(self.off_grid))
         return super().is_ready()
+
+    def _has_hooks(self) -> bool:
+        parts = (part for part in self.module.modules() if part is not self.module)
+        return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
     def _build(self) -> None:
         graph = self.trace()

@@ -40,6 +40,18 @@ def test_a_loaded_network_gives_the_same_bits(quantised: nn.Module, folder: Path
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_hook_before_the_first_call_is_heard_once(quantised: nn.Module, folder: Path) -> None:
+    loaded = lego.load(folder, model=Small())
+    conv = next(module for module in loaded.modules() if isinstance(module, nn.Conv2d))
+    calls: list[int] = []
+    handle = conv.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        loaded(small_images(1))
+        assert calls == [1]
+        handle.remove()
+        assert torch.equal(loaded(small_images(1)), quantised(small_images(1)))
+
+
 def test_a_dense_network_is_saved_when_it_is_quantised(tmp_path: Path) -> None:
     model = lego.quantize_(small_network(convert=False), small_images())
     lego.lego_state(model).source = lego.Source(None, None)
